@@ -1,0 +1,75 @@
+"""Stage one for losses that a user brings along: check them, mark the pixels that take no part, take statistics."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import SELECT, programs
+from .workspace import BINS, WORDS, poison, publish, tally
+
+
+@triton.jit(do_not_specialize=["programs_a_row", "length", "row_stride", "mask_row_stride"])
+def mark_losses_kernel(
+    values,
+    mask,
+    losses,
+    workspace,
+    programs_a_row,
+    length,
+    row_stride,
+    stride,
+    mask_row_stride,
+    mask_stride,
+    PER_IMAGE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Bring losses into the form of the solver; grid N × programs, which stride over the tiles.
+
+    Reads   values (N, L), any float type, strided; mask (N, L) uint8, strided, not 0 where valid.
+    Writes  losses (N, L) float32: ℓ, −1 where the mask is 0, NaN where ℓ is negative or not finite;
+            workspace: maximum, count and histogram of the segment, BINS + 2 atomics a program.
+    Bytes   sizeof(value) + 1 read, 4 written a pixel.
+    """
+    row = (tl.program_id(0) // programs_a_row).to(tl.int64)
+    maximum = tl.zeros([BLOCK], tl.int32)
+    count = tl.zeros([BLOCK], tl.int32)
+    histogram = tl.zeros([BINS], tl.int32)
+    for tile in range(tl.program_id(0) % programs_a_row, tl.cdiv(length, BLOCK), programs_a_row):
+        start = tl.cast(tile, tl.int64) * BLOCK
+        within = tl.arange(0, BLOCK)
+        inside = start + within < length
+        loss = tl.load(values + row * row_stride + start * stride + within * stride, mask=inside, other=0.0)
+        valid = inside
+        if HAS_MASK:
+            there = mask + row * mask_row_stride + start * mask_stride + within * mask_stride
+            valid = inside & (tl.load(there, mask=inside, other=0) != 0)
+        loss = poison(loss.to(tl.float32), valid)
+        tl.store(losses + row * length + start + within, tl.where(valid, loss, -1.0), mask=inside)
+        maximum, count, histogram = tally(loss, valid, maximum, count, histogram)
+    segment = row if PER_IMAGE else row * 0
+    publish(workspace + segment * WORDS, maximum, count, histogram)
+
+
+def mark_losses(values: Tensor, mask: Tensor | None, losses: Tensor, workspace: Tensor) -> None:
+    """Fill losses and workspace (zeroed by the caller) from values (N, L) and mask (N, L) bool."""
+    rows, length = values.shape
+    programs_a_row = programs(length, SELECT.block, rows, values.device)
+    mark_losses_kernel[(rows * programs_a_row,)](
+        values,
+        mask if mask is None else mask.view(torch.uint8),
+        losses,
+        workspace,
+        programs_a_row,
+        length,
+        values.stride(0),
+        values.stride(1),
+        0 if mask is None else mask.stride(0),
+        0 if mask is None else mask.stride(1),
+        PER_IMAGE=workspace.numel() > WORDS.value + 1,
+        HAS_MASK=mask is not None,
+        BLOCK=SELECT.block,
+        num_warps=SELECT.warps,
+        enable_fp_fusion=True,
+    )

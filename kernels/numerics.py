@@ -1,0 +1,79 @@
+"""Device functions shared by the kernels: bit patterns, powers in the log domain, fixed point."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INF_BITS = tl.constexpr(0x7F800000)
+"""The bit pattern of +inf. Numbers ≥ 0 and their bit patterns are ordered alike; NaN without its sign lies above."""
+Q_CAP = tl.constexpr(2.0**40)
+"""Above it q changes nothing: two float32 losses differ by 2^-24 at least, and (1 − 2^-24)^Q_CAP is 0."""
+
+
+@triton.jit
+def float_bits(x):
+    """The bit pattern of a float32 as an int32."""
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def bits_float(bits):
+    """The float32 of a bit pattern."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def normaliser(x):
+    """The power of two that brings x > 0 (float32) near 1: dividing by the maximum, without a rounding error."""
+    exponent = tl.minimum(tl.maximum(float_bits(x) >> 23, 1), 253)
+    return bits_float((254 - exponent) << 23)
+
+
+@triton.jit
+def log2_ratio(x, t):
+    """log2(x/t) for 0 ≤ x ≤ t, to a few units in the last place wherever it is near 0.
+
+    For x > t/2: log(x/t) = 2·atanh(z), z = (x − t)/(x + t), whose numerator is exact. |z| ≤ 1/3, so eight terms do.
+    """
+    z = (x - t) / (x + t)
+    y = z * z
+    series = 1.0 / 13 + y * (1.0 / 15)
+    series = 1.0 / 11 + y * series
+    series = 1.0 / 9 + y * series
+    series = 1.0 / 7 + y * series
+    series = 1.0 / 5 + y * series
+    series = 1.0 / 3 + y * series
+    near = (2 * LOG2E) * (z + z * y * series)
+    return tl.where(x > 0.5 * t, near, tl.log2(x / t))
+
+
+@triton.jit
+def power(x, t, q):
+    """(x/t)^q for 0 ≤ x ≤ t: at most 1, no overflow at any q; underflow to 0 is meant."""
+    return tl.exp2(q * log2_ratio(x, t))
+
+
+@triton.jit
+def to_fixed(x, fraction_bits):
+    """x ≥ 0 (float32) as an integer multiple of 2^-fraction_bits: sums of these do not depend on their order."""
+    return (x * bits_float((fraction_bits + 127) << 23)).to(tl.int64)
+
+
+@triton.jit
+def from_fixed(total, fraction_bits):
+    """The float64 of a fixed-point total."""
+    return total.to(tl.float64) * ((1023 - fraction_bits).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def load_scalar(value, IS_TENSOR: tl.constexpr):
+    """A float64 parameter: from a 0-dim tensor of that type, or the 64 bits of a Python float passed as an integer.
+
+    (A Python float would arrive as a float32, and p = 1.000001 as one whose q is 1 048 577.)
+    """
+    if IS_TENSOR:
+        result = tl.load(value)
+    else:
+        result = value.to(tl.int64).to(tl.float64, bitcast=True)
+    return result

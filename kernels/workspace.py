@@ -1,0 +1,53 @@
+"""The statistics of each segment: one int64 tensor, zeroed on the stream for every call.
+
+A segment has WORDS entries; one more entry, after the last segment, counts the segments that are solved.
+All of it is integers and filled by atomic adds and maxima, so the order of the programs leaves no trace.
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import INF_BITS, float_bits
+
+MAXIMUM = tl.constexpr(0)  # bit pattern of the largest loss; NaN (a poisoned segment) exceeds every number
+VALID = tl.constexpr(1)  # n
+BELOW_POWERS = tl.constexpr(2)  # Σ (ℓ/lo)^q over ℓ ≤ lo, fixed point
+ABOVE_COUNT = tl.constexpr(3)  # |{ℓ > hi}|
+ABOVE_SUM = tl.constexpr(4)  # Σ ℓ over ℓ > hi, normalised, fixed point
+LISTED = tl.constexpr(5)  # how many losses lie in the bracket (lo, hi]
+FINISHED = tl.constexpr(6)  # programs that are through with their share: the last one solves
+HISTOGRAM = tl.constexpr(8)
+BINS = tl.constexpr(64)
+WORDS = tl.constexpr(72)
+
+# A bin is a quarter of an octave: bits >> 21 counts quarters of octaves, from 2^-11 here; 64 bins reach to 2^5.
+# Bin 0 takes all smaller losses, bin 63 all larger ones.
+BIN_SHIFT = tl.constexpr(21)
+FIRST_BIN = tl.constexpr((127 - 11) * 4)
+
+
+@triton.jit
+def tally(loss, valid, maximum, count, histogram):
+    """Add a tile of losses, in registers, to the running statistics; returns the new ones.
+
+    maximum, count: int32, the shape of the tile, reduced once a program by `publish`. histogram: (BINS,) int32.
+    """
+    bits = tl.where(valid, float_bits(loss) & 0x7FFFFFFF, 0)
+    bins = tl.minimum(tl.maximum((bits >> BIN_SHIFT) - FIRST_BIN, 0), BINS - 1)
+    return tl.maximum(maximum, bits), count + valid.to(tl.int32), histogram + tl.histogram(bins, BINS)
+
+
+@triton.jit
+def publish(segment_workspace, maximum, count, histogram):
+    """Add a program's statistics to those of its segment: BINS + 2 atomics."""
+    tl.atomic_max(segment_workspace + MAXIMUM, tl.max(maximum, 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(segment_workspace + VALID, tl.sum(count, 0).to(tl.int64), sem="relaxed")
+    bins = tl.arange(0, BINS)
+    # Bin 0 also holds ignored pixels; nobody reads it, n − Σ of the others is the true count.
+    tl.atomic_add(segment_workspace + HISTOGRAM + bins, histogram.to(tl.int64), mask=bins > 0, sem="relaxed")
+
+
+@triton.jit
+def poison(loss, good):
+    """The loss where it is a finite number ≥ 0 and `good` holds, else NaN."""
+    return tl.where(good & (loss >= 0) & (float_bits(loss) < INF_BITS), loss, float("nan"))

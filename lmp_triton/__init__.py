@@ -1,0 +1,25 @@
+"""Loss max-pooling (Rota Bulò, Neuhold, Kontschieder, CVPR 2017) at the price of cross-entropy.
+
+    import lmp_triton
+
+    loss = lmp_triton.loss_max_pooling(logits, target, p=1.3, ratio=0.25, ignore_index=255)
+
+Nothing is compiled, read or started at import; Triton itself is imported on the first call that uses it.
+"""
+
+from . import reference
+from .api import loss_max_pooling, optimal_weights, pool_losses, upsampled_loss_max_pooling
+from .modules import LossMaxPooling
+from .types import PoolingStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LossMaxPooling",
+    "PoolingStats",
+    "loss_max_pooling",
+    "optimal_weights",
+    "pool_losses",
+    "reference",
+    "upsampled_loss_max_pooling",
+]

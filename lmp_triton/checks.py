@@ -1,0 +1,143 @@
+"""Bad input gets a clear error before anything is launched: the argument, what it was, what it must be.
+
+Nothing here reads a value on a GPU (that would be a host sync) unless the caller asks for it by `check_targets`.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+SCOPES = ("image", "batch")
+REDUCTIONS = ("mean", "sum", "none")
+TARGET_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+LOSS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+VARIABLE = "LMP_TRITON_CHECK"
+"""Environment variable: 1 checks every target, also on a GPU, as check_targets=True does."""
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether reading a value of this tensor costs nothing: it is on the CPU and nothing is being traced."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def options(
+    p: float | Tensor, ratio: float | Tensor, scope: str, reduction: str, group: object, device: torch.device | None
+) -> None:
+    """The options that every entry point shares; device None (a module) leaves out where tensors are."""
+    for name, value, fits, must in (
+        ("p", p, lambda x: x >= 1, "at least 1"),
+        ("ratio", ratio, lambda x: 0 < x <= 1, "in (0, 1]"),
+    ):
+        if isinstance(value, Tensor):
+            if value.ndim or not value.is_floating_point():
+                raise ValueError(
+                    f"{name} must be a float or a 0-dim floating tensor, got shape {tuple(value.shape)}, {value.dtype}"
+                )
+            if device is not None and value.device != device:
+                raise ValueError(f"{name} is on {value.device}, but the input is on {device}")
+            if not on_host(value):
+                continue  # read on the device: a bad value makes the loss NaN
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a float or a 0-dim tensor, got {type(value).__name__}")
+        if not fits(value):
+            raise ValueError(f"{name} must be {must}, got {float(value)}")
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if group is not None:
+        if scope == "image":
+            raise ValueError('group goes with scope="batch": with scope="image" no segment spans the ranks')
+        raise NotImplementedError("group: solving over the ranks of a process group is not built yet")
+
+
+def cross_entropy_options(weight: Tensor | None, ignore_index: int, label_smoothing: float) -> None:
+    """The options that go into the pixel losses."""
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if weight is None:
+        return
+    if not weight.is_floating_point() or weight.ndim != 1:
+        raise ValueError(f"weight must be a floating vector (C,), got shape {tuple(weight.shape)}, {weight.dtype}")
+    if weight.requires_grad:
+        raise ValueError("weight must not require a gradient: the loss is not differentiated by its class weights")
+    if on_host(weight) and bool((weight < 0).any()):
+        raise ValueError(f"weight must not be negative, got {weight.min().item()} for class {int(weight.argmin())}")
+
+
+def logits_and_target(logits: Tensor, target: Tensor, weight: Tensor | None, scope: str) -> None:
+    """Shapes, types and devices of the tensors of `loss_max_pooling`."""
+    if logits.dtype not in LOSS_DTYPES:
+        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+    if logits.ndim < 2 or logits.shape[1] < 1:
+        raise ValueError(f"logits must have shape (N, C, *spatial), got {tuple(logits.shape)}")
+    if logits.ndim == 2 and scope == "image":
+        raise ValueError(
+            f'logits of shape (N, C) = {tuple(logits.shape)} make every row a segment of one element: '
+            'use scope="batch"'
+        )
+    if target.is_floating_point() or target.is_complex():
+        raise TypeError(
+            f"target must hold class indices (an integer type), got {target.dtype}; "
+            "for soft targets compute the pixel losses yourself and give them to lmp_triton.pool_losses"
+        )
+    if target.dtype not in TARGET_DTYPES:
+        raise TypeError(f"target must be uint8, int8, int16, int32 or int64, got {target.dtype}")
+    expected = (logits.shape[0], *logits.shape[2:])
+    if tuple(target.shape) != expected:
+        raise ValueError(
+            f"target must have shape (N, *spatial) = {expected} for logits {tuple(logits.shape)}, "
+            f"got {tuple(target.shape)}"
+        )
+    for name, tensor in (("target", target), ("weight", weight)):
+        if tensor is not None and tensor.device != logits.device:
+            raise ValueError(f"{name} is on {tensor.device}, but logits are on {logits.device}")
+    if weight is not None and weight.shape[0] != logits.shape[1]:
+        raise ValueError(f"weight must have one entry a class, ({logits.shape[1]},), got {tuple(weight.shape)}")
+
+
+def labels(target: Tensor, classes: int, ignore_index: int, check_targets: bool) -> None:
+    """Raise IndexError for a label outside [0, classes) that is not ignore_index.
+
+    Always on the CPU; on a GPU only on request, since it is a host sync there.
+    """
+    if torch.compiler.is_compiling() or not target.numel():
+        return
+    if not (on_host(target) or check_targets or os.environ.get(VARIABLE) == "1"):
+        return
+    lowest, highest = (int(x) for x in target.aminmax())
+    if lowest >= 0 and highest < classes:
+        return
+    wide = target.long()
+    bad = (wide != ignore_index) & ((wide < 0) | (wide >= classes))
+    if bool(bad.any()):
+        place = tuple(int(i) for i in bad.nonzero()[0])
+        raise IndexError(
+            f"target[{', '.join(map(str, place))}] = {int(target[place])} is not a class in [0, {classes}) "
+            f"and not ignore_index = {ignore_index}; label maps often mark unlabelled pixels by 255: "
+            "then pass ignore_index=255"
+        )
+
+
+def losses_and_mask(losses: Tensor, mask: Tensor | None, scope: str) -> None:
+    """Shapes, types and devices of the tensors of `pool_losses` and `optimal_weights`."""
+    if losses.dtype not in LOSS_DTYPES:
+        raise TypeError(f"losses must be float16, bfloat16, float32 or float64, got {losses.dtype}")
+    if losses.ndim < (2 if scope == "image" else 1):
+        raise ValueError(
+            f'losses must have shape (N, *spatial) with scope="image", got {tuple(losses.shape)}; '
+            'use scope="batch" for one segment'
+        )
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, True where valid, got {mask.dtype}")
+    if mask.shape != losses.shape:
+        raise ValueError(f"mask must have the shape of losses, {tuple(losses.shape)}, got {tuple(mask.shape)}")
+    if mask.device != losses.device:
+        raise ValueError(f"mask is on {mask.device}, but losses are on {losses.device}")

@@ -1,0 +1,103 @@
+"""Which backend serves a call: "auto" may fall back, a backend asked for by name serves or says why it can't."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import eager
+
+BACKENDS = ("auto", "triton", "eager")
+SOLVERS = ("auto", "select", "sort")
+VARIABLE = "LMP_TRITON_BACKEND"
+"""Environment variable that stands in for `backend="auto"`."""
+
+FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_CLASSES = 1024
+MAX_PIXELS = 2**31 - 2**16
+"""Pixels of an image (losses of a segment) that 32-bit offsets inside a row reach."""
+
+
+def choose(values: Tensor, backend: str = "auto", solver: str = "auto") -> str:
+    """The backend that will serve a call on `values`: "triton" or "eager".
+
+    Args:
+        values: the logits (N, C, L) or the losses (S, n).
+        backend: "auto" takes Triton on a CUDA GPU where it can serve, else eager. `LMP_TRITON_BACKEND` replaces
+            "auto"; a name in the call wins over it.
+        solver: "auto" and "select"; "sort" is not built yet.
+
+    Raises:
+        ValueError: an unknown name, or the backend asked for can't serve the call; the message says why.
+        NotImplementedError: solver="sort".
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
+    if solver == "sort":
+        raise NotImplementedError('solver="sort" is not built yet; solver="select" finds the same weights')
+    if backend == "auto":
+        backend = os.environ.get(VARIABLE, "auto")
+        if backend not in BACKENDS:
+            raise ValueError(f"the environment variable {VARIABLE} must be one of {BACKENDS}, got {backend!r}")
+    if backend == "triton":
+        reason = obstacle(values)
+        if reason:
+            raise ValueError(f'backend="triton" cannot serve this call: {reason}')
+    elif backend == "auto":
+        backend = "triton" if values.device.type == "cuda" and not obstacle(values) else "eager"
+        # Nobody has run the kernels on AMD yet: there they are used when asked for by name.
+        if torch.version.hip or solver == "auto" and torch.compiler.is_compiling():
+            backend = "eager"
+    if backend == "eager" and solver != "auto":
+        raise ValueError(f'solver={solver!r} chooses among kernels; the eager backend takes solver="auto" only')
+    return backend
+
+
+def obstacle(values: Tensor) -> str | None:
+    """Why the kernels can't take `values`, or None if they can."""
+    if not has_triton():
+        return "Triton is not installed (it exists for Linux only)"
+    if values.dtype not in FUSED_DTYPES:
+        return f"it takes float16, bfloat16 and float32, not {values.dtype}"
+    if values.ndim == 3 and values.shape[1] > MAX_CLASSES:
+        return f"it takes up to {MAX_CLASSES} classes, not {values.shape[1]}"
+    if values.shape[-1] > MAX_PIXELS:
+        return f"it takes up to {MAX_PIXELS} elements a row, not {values.shape[-1]}"
+    if torch.compiler.is_compiling():
+        return "the kernels are not registered as operators for torch.compile yet"
+    if values.device.type == "cpu" and not interpreting():
+        return "the tensors are on the CPU and TRITON_INTERPRET=1 is not set"
+    if values.device.type not in ("cpu", "cuda"):
+        return f"it runs on CUDA devices, not on {values.device.type}"
+    if values.device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(values.device) < (8, 0):
+        return "it takes GPUs of compute capability 8.0 and newer"
+    return None
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1, set before Triton was imported)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def module(name: str) -> ModuleType:
+    """The module of a backend that `choose` named. Triton is imported here, on first use."""
+    if name == "eager":
+        return eager
+    from . import fused
+
+    return fused

@@ -1,0 +1,292 @@
+"""The backend in plain PyTorch: any device, no host sync, no data-dependent shape or branch.
+
+It is the fallback where Triton does not run, the path for float64, and the second opinion the kernels are compared
+with. Each function is one stage; `lmp_triton.autograd` strings them together, the same way for every backend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .types import IGNORED, UNIFORM_PIVOT, PixelLosses, Pooling
+
+LOG2E = 1.4426950408889634
+
+CHUNK_ELEMENTS = 1 << 20
+"""Logits a CPU pass handles at a time: temporaries then stay in the cache instead of faulting in fresh pages, which
+costs more than the arithmetic (1.7× on the whole of forward and backward at (2,19,550,550) on two Zen cores)."""
+
+Q_CAP = {torch.float32: 2.0**40, torch.float64: 2.0**70}
+"""Above it q changes nothing: two different losses differ by at least a rounding error, 2^-24 or 2^-53, and that to
+the power of the cap is 0. Capped, p = 1 (q = ∞) needs no case of its own: (ℓ/t)^q is 1 for ℓ = t and else 0."""
+
+BUCKETS_LOG2 = 11
+"""A round of the search looks at 2^11 thresholds: three rounds pin down all 31 bits of a float32, six a float64."""
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """The type for scalars of a segment: float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _chunks(logits: Tensor) -> int:
+    """Into how many slices along the pixels a pass over (N, C, L) logits is cut."""
+    if logits.device.type != "cpu" or torch.compiler.is_compiling():
+        return 1
+    return max(1, min(logits.shape[2], logits.numel() // CHUNK_ELEMENTS))
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """e^x in place; by way of exp2, which PyTorch's CPU code does four times as fast at the same accuracy."""
+    return x.mul_(LOG2E).exp2_()
+
+
+# --- stage one: pixel losses --------------------------------------------------------------------------------------
+
+
+def softmax_losses(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    segments: int,
+) -> PixelLosses:
+    """ℓ = cross-entropy of each pixel, as `F.cross_entropy(reduction="none")` with the same options.
+
+    Args:
+        logits: (N, C, L), floating.
+        target: (N, L), integer. A label outside [0, C) that is not `ignore_index` gives a NaN loss.
+        weight: (C,) or None.
+        segments: unused here; the kernels need it.
+    """
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    classes, n_chunks = logits.shape[1], _chunks(logits)
+    labels = target.long()
+    valid = labels != ignore_index
+    bad = valid & ((labels < 0) | (labels >= classes))
+    labels = labels.clamp(0, classes - 1)
+
+    peaks, totals, gaps, spreads = [], [], [], []
+    for x, y in zip(logits.chunk(n_chunks, 2), labels.chunk(n_chunks, 1), strict=True):
+        x = x.to(dtype)
+        peak = x.amax(1)
+        # A pixel whose classes are all −inf has no softmax: its loss becomes NaN, as it should.
+        total = _exp_(x - peak.unsqueeze(1)).sum(1)
+        peaks.append(peak)
+        totals.append(total)
+        gaps.append(peak - x.gather(1, y.unsqueeze(1)).squeeze(1))
+        if label_smoothing:
+            spread = (peak + total.log()).unsqueeze(1) - x
+            spreads.append((spread if weight is None else spread * weight.to(dtype)[:, None]).sum(1))
+
+    peak, total = torch.cat(peaks, 1), torch.cat(totals, 1)
+    losses = torch.cat(gaps, 1).add_(total.log())
+    if weight is not None:
+        losses = losses * weight.to(dtype)[labels]
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses + (label_smoothing / classes) * torch.cat(spreads, 1)
+    return PixelLosses(_mark(losses, valid & ~bad, valid), (peak, total, labels))
+
+
+def marked_losses(losses: Tensor, mask: Tensor | None, segments: int) -> PixelLosses:
+    """A user's own losses (N, L) in the form the solver takes; mask (N, L): True where valid."""
+    losses = losses.to(torch.float64 if losses.dtype == torch.float64 else torch.float32)
+    everywhere = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
+    return PixelLosses(_mark(losses, everywhere, everywhere))
+
+
+def _mark(losses: Tensor, good: Tensor, valid: Tensor) -> Tensor:
+    """Losses with NaN where there is none to be had (bad label, negative or infinite loss) and IGNORED where invalid."""
+    good = good & (losses >= 0) & (losses < torch.inf)
+    return torch.where(valid, torch.where(good, losses, torch.nan), IGNORED)
+
+
+# --- stage two: the pivot, α* and the loss ------------------------------------------------------------------------
+
+
+def solve(
+    pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, segments: int, reduction: str
+) -> Pooling:
+    """Find α* of each segment and with it the pooled loss (equations 9 and 10).
+
+    With f(t) = |{ℓ > t}| + Σ_{ℓ ≤ t} (ℓ/t)^q − m, which falls as t grows, α* is the largest root of f, and the pivot
+    the largest number of the losses' type with f(pivot) ≥ 0. A number ≥ 0 and its bit pattern read as an integer are
+    ordered alike, so the pivot is found bit group by bit group, from the top: a fixed number of rounds for every
+    input. All sums are integers (fixed point): the order of the additions leaves no trace.
+    """
+    losses = pixels.losses.view(segments, -1)
+    dtype, wide = losses.dtype, _wide(losses.device)
+    p, ratio = (
+        x.to(wide) if isinstance(x, Tensor) else torch.full((), x, dtype=wide, device=losses.device)
+        for x in (p, ratio)
+    )
+    q = torch.where(p == torch.inf, 1.0, p / (p - 1)).clamp_max(Q_CAP[dtype])
+    exponent = (1 / (p - 1)).clamp_max(Q_CAP[dtype])
+    valid = (losses != IGNORED).sum(1)
+    n = valid.to(wide)
+    m = torch.minimum((ratio * n).clamp_min(1.0), n)
+    tau = torch.where(valid > 0, torch.exp2(-(n.log2() / q + m.log2() / p)), 0.0)
+    poisoned = losses.isnan().any(1) | ~((p >= 1) & (ratio > 0) & (ratio <= 1))
+
+    pivot, above, power_sum = _search(losses, m, q)
+    c = m - above
+    log2_excess = torch.where(pivot > 0, (power_sum / c).clamp_min(1.0), 1.0).log2()
+    alpha = pivot.to(wide) * torch.exp2(log2_excess / q)
+    drop = log2_excess * (exponent / q)
+
+    uniform = (valid > 0) & ((m >= n) | (q == 1))
+    pivot = torch.where(uniform, UNIFORM_PIVOT, pivot)
+    drop = torch.where(uniform, 0.0, drop)
+    tied = torch.where((drop == 0) & (pivot > 0), (losses == pivot.unsqueeze(1)).sum(1), 0)
+    over = losses > pivot.unsqueeze(1)
+    saturated = over.sum(1) + tied
+    heavy = torch.where(over, losses, 0.0).sum(1, dtype=wide)
+    loss = tau * (heavy + torch.where(uniform, 0.0, c * alpha))
+    loss = torch.where(valid > 0, loss, 0.0)
+
+    loss, alpha, tau, drop = (
+        torch.where(poisoned, torch.nan, x).to(dtype) for x in (loss, alpha, tau, drop)
+    )
+    step = tau
+    if reduction == "mean":
+        scale = (valid > 0).to(wide) / (valid > 0).sum().clamp_min(1)
+        value, step = (loss * scale).sum().to(dtype), tau * scale.to(dtype)
+    else:
+        value = loss.sum() if reduction == "sum" else loss
+    solution = torch.stack([alpha, tau, pivot, drop, step, exponent.to(dtype).expand_as(tau)])
+    return Pooling(loss, value, solution, torch.stack([valid, saturated]))
+
+
+def _search(losses: Tensor, m: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The pivot of each segment, |{ℓ > pivot}| and Σ_{ℓ ≤ pivot} (ℓ/pivot)^q.
+
+    Each round lays K = 2^11 edges over the bracket, lo, lo + 2^shift, lo + 2·2^shift … in units of bit patterns,
+    counts the losses between neighbours and sums their powers relative to the upper neighbour, and moves lo up to the
+    last edge where f ≥ 0. f(lo) ≥ 0 holds throughout, or lo = 0: then fewer than m losses are positive.
+
+    Args:
+        losses: (S, n).
+        m: (S,), in the wide type.
+        q: (), in the wide type, capped.
+
+    Returns:
+        Tensors of shape (S,): the pivot in the type of the losses, the count and the sum in the wide type.
+    """
+    integer, shift = (torch.int32, 31) if losses.dtype == torch.float32 else (torch.int64, 63)
+    largest = torch.tensor(torch.finfo(losses.dtype).max, dtype=losses.dtype).view(integer).item()
+    edge_count, wide = 1 << BUCKETS_LOG2, m.dtype
+    column = torch.arange(edge_count, dtype=integer, device=losses.device)
+    bits = losses.view(integer).clamp_min(0)  # an ignored pixel counts as a zero loss: neither enters f
+    # Fixed point: a power is at most 1, so this many fractional bits leave room for the sum of all of them.
+    scale = 2.0 ** (62 - losses.shape[1].bit_length())
+    q_log2e = (q * LOG2E).to(losses.dtype)
+
+    lo = torch.zeros(losses.shape[0], 1, dtype=integer, device=losses.device)
+    above = (losses > 0).sum(1, keepdim=True)
+    power_sum = torch.zeros_like(m).unsqueeze(1)
+    while shift > 0:
+        shift = max(0, shift - BUCKETS_LOG2)
+        # A loss goes to the first edge that is not below it: 0 if that is lo, K if it is beyond the last one. What is
+        # computed for these two is not used, so it may be infinite or NaN.
+        index = ((bits - (lo + 1)) >> shift).add_(1).clamp_(0, edge_count)
+        edge = ((index << shift) + lo).clamp_max_(largest).view(losses.dtype)
+        power = (losses - edge).div_(edge).log1p_().mul_(q_log2e).exp2_().mul_(scale).to(torch.int64)
+        index = index.long()
+        counts = torch.zeros(losses.shape[0], edge_count + 1, dtype=torch.int64, device=losses.device)
+        powers = torch.zeros_like(counts).scatter_add_(1, index, power)[:, 1:-1]
+        counts = counts.scatter_add_(1, index, torch.ones_like(index))[:, 1:-1]
+
+        edges = (lo + (column << shift)).clamp_max(largest).view(losses.dtype)
+        above = torch.cat([above, above - counts.cumsum(1)], 1)
+        power_sum = _scan(torch.cat([power_sum, powers.to(wide) / scale], 1), edges.to(wide), q)
+        last = ((above + power_sum >= m.unsqueeze(1)).sum(1, keepdim=True) - 1).clamp_min(0)
+        lo = lo + (last << shift).to(integer)
+        above, power_sum = above.gather(1, last), power_sum.gather(1, last)
+    return lo.squeeze(1).view(losses.dtype), above.squeeze(1).to(wide), power_sum.squeeze(1)
+
+
+def _scan(sums: Tensor, edges: Tensor, q: Tensor) -> Tensor:
+    """R_b = Σ_{j ≤ b} sums_j·(edge_j/edge_b)^q, by doubling; no term is ever above its sum, so none overflows."""
+    log2_power = q * edges.log2().clamp_min(-2000.0)  # edge 0 may be 0; its sum is 0 then
+    distance = 1
+    while distance < edges.shape[1]:
+        factor = torch.exp2(log2_power[:, :-distance] - log2_power[:, distance:])
+        sums = torch.cat([sums[:, :distance], sums[:, distance:] + sums[:, :-distance] * factor], 1)
+        distance *= 2
+    return sums
+
+
+# --- stage three: weights and gradients ---------------------------------------------------------------------------
+
+
+def relative_weights(losses: Tensor, solution: Tensor) -> Tensor:
+    """w*/τ of every loss, (S, n): 1 above the pivot, 2^((q−1)·log2(ℓ/pivot) − drop) up to it, 0 where ignored."""
+    _, _, pivot, drop, _, exponent = solution.unsqueeze(2).unbind()
+    ratio = losses / pivot
+    # Near 1 the logarithm comes from the difference, which is exact; further down from the ratio.
+    log2_ratio = torch.where(ratio > 0.5, torch.log1p((losses - pivot) / pivot) * LOG2E, ratio.log2())
+    below = torch.where((losses >= 0) & (pivot > 0), torch.exp2(exponent * log2_ratio - drop), 0.0)
+    return torch.where(losses > pivot, 1.0, below)
+
+
+def total_weight(pixels: PixelLosses, solution: Tensor) -> Tensor:
+    """Σ w* of every segment, (S,)."""
+    losses, tau = pixels.losses.view(solution.shape[1], -1), solution[1]
+    return (relative_weights(losses, solution).sum(1, dtype=_wide(losses.device)) * tau).to(tau.dtype)
+
+
+def pixel_weights(pixels: PixelLosses, solution: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
+    """w*·∂value/∂loss_s·grad_output of every pixel, (N, L), rounded once to `dtype`.
+
+    NaN on the valid pixels of a poisoned segment, 0 on ignored pixels.
+
+    Args:
+        solution: (6, S), see `types.SOLUTION_ROWS`.
+        grad_output: (S,) or ().
+    """
+    losses, step = pixels.losses.view(solution.shape[1], -1), solution[4].unsqueeze(1)
+    weights = relative_weights(losses, solution) * (step * grad_output.view(-1, 1))
+    # A NaN step (a poisoned segment) times 0 is NaN as well: ignored pixels are set last.
+    return torch.where(losses == IGNORED, 0.0, weights).view_as(pixels.losses).to(dtype)
+
+
+def logits_gradient(
+    logits: Tensor,
+    pixels: PixelLosses,
+    solution: Tensor,
+    grad_output: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+) -> Tensor:
+    """∂value/∂logits·grad_output, (N, C, L), in the layout of the logits, rounded once to their type.
+
+    ∂ℓ/∂x_c = a·softmax_c − (1−ε)·v_y·[c = y] − (ε/C)·v_c with a = (1−ε)·v_y + (ε/C)·Σ_k v_k.
+    """
+    peak, total, labels = pixels.saved
+    classes, n_chunks, dtype = logits.shape[1], _chunks(logits), pixels.losses.dtype
+    weights = pixel_weights(pixels, solution, grad_output, dtype)
+    hit = weights * (1 - label_smoothing)
+    if weight is not None:
+        weight = weight.to(dtype)
+        hit = hit * weight[labels]
+    spread, share = hit, None
+    if label_smoothing:
+        weight = torch.ones(classes, dtype=dtype, device=logits.device) if weight is None else weight
+        share = weight * (label_smoothing / classes)
+        spread = hit + weights * share.sum()
+
+    grad = torch.empty_like(logits)
+    images = (peak, labels, spread / total, hit, weights, pixels.losses == IGNORED)
+    pieces = (logits, grad, *(image.unsqueeze(1) for image in images))
+    for x, out, top, label, a, b, w, ignored in zip(*(piece.chunk(n_chunks, 2) for piece in pieces), strict=True):
+        # In float32 all arithmetic happens in the gradient itself; other types need one temporary a chunk.
+        d = out.copy_(x).sub_(top) if x.dtype == dtype else x.to(dtype) - top
+        d = _exp_(d).mul_(a).scatter_add_(1, label, -b)
+        if share is not None:
+            d.sub_(w * share[:, None])
+        d.masked_fill_(ignored, 0.0)  # 0·NaN is NaN: a NaN logit of an ignored pixel must not get through
+        if d is not out:
+            out.copy_(d)
+    return grad

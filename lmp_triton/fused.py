@@ -1,0 +1,121 @@
+"""The Triton backend: the same stages as `lmp_triton.eager`, each one launch. Allocates, then calls `lmp_triton.kernels`.
+
+Launches of one call: forward 3 (zeroing the workspace, losses, select), backward 1.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from .kernels import configs, cross_entropy, gradient, losses, select, weights, workspace
+from .types import SOLUTION_ROWS, PixelLosses, Pooling
+
+def _workspace(segments: int, device: torch.device) -> Tensor:
+    return torch.zeros(segments * workspace.WORDS.value + 1, dtype=torch.int64, device=device)
+
+
+def softmax_losses(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    segments: int,
+) -> PixelLosses:
+    """See `eager.softmax_losses`; logits float16, bfloat16 or float32."""
+    images, classes, pixels = logits.shape
+    statistics = _workspace(segments, logits.device)
+    pixel_losses = torch.empty(images, pixels, dtype=torch.float32, device=logits.device)
+    labels = torch.empty_like(pixel_losses, dtype=torch.uint8 if classes <= 256 else torch.int16)
+    # With all classes in registers the gradient kernel needs no help; otherwise −log softmax, which is the loss itself
+    # unless class weights or smoothing change it.
+    chunked = classes > configs.pixel_config(classes).chunk
+    plain = weight is None and not label_smoothing
+    nll = torch.empty_like(pixel_losses) if chunked and not plain else None
+    cross_entropy.softmax_losses(
+        logits, target, weight, ignore_index, label_smoothing, pixel_losses, labels, nll, statistics
+    )
+    return PixelLosses(pixel_losses, (labels,) if nll is None else (labels, nll), statistics)
+
+
+def marked_losses(values: Tensor, mask: Tensor | None, segments: int) -> PixelLosses:
+    """See `eager.marked_losses`."""
+    statistics = _workspace(segments, values.device)
+    pixel_losses = torch.empty(values.shape, dtype=torch.float32, device=values.device)
+    losses.mark_losses(values, mask, pixel_losses, statistics)
+    return PixelLosses(pixel_losses, (), statistics)
+
+
+def solve(
+    pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, segments: int, reduction: str
+) -> Pooling:
+    """See `eager.solve`."""
+    device = pixels.losses.device
+    assert pixels.statistics is not None
+    short_list = torch.empty(segments * configs.SELECT.capacity, dtype=torch.float32, device=device)
+    solution = torch.empty(len(SOLUTION_ROWS), segments, dtype=torch.float32, device=device)
+    loss = torch.empty(segments, dtype=torch.float32, device=device)
+    counts = torch.empty(2, segments, dtype=torch.int64, device=device)
+    value = loss if reduction == "none" else torch.empty((), dtype=torch.float32, device=device)
+    select.select(
+        pixels.losses.view(segments, -1),
+        short_list,
+        pixels.statistics,
+        solution,
+        loss,
+        counts,
+        value,
+        _parameter(p),
+        _parameter(ratio),
+        reduction,
+    )
+    return Pooling(loss, value, solution, counts)
+
+
+def _parameter(x: float | Tensor) -> int | Tensor:
+    return x.double() if isinstance(x, Tensor) else struct.unpack("<q", struct.pack("<d", x))[0]
+
+
+def total_weight(pixels: PixelLosses, solution: Tensor) -> Tensor:
+    """See `eager.total_weight`."""
+    segments, device = solution.shape[1], solution.device
+    rows = pixels.losses.view(segments, -1)
+    totals = torch.zeros(segments, dtype=torch.int64, device=device)
+    weights.pixel_weights(rows, solution, solution[4], None, totals)
+    return (totals.double() * 2.0 ** -configs.fraction_bits(rows.shape[1]) * solution[1]).float()
+
+
+def pixel_weights(pixels: PixelLosses, solution: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `eager.pixel_weights`."""
+    out = torch.empty_like(pixels.losses, dtype=dtype)
+    segments = solution.shape[1]
+    weights.pixel_weights(pixels.losses.view(segments, -1), solution, grad_output, out.view(segments, -1), None)
+    return out
+
+
+def logits_gradient(
+    logits: Tensor,
+    pixels: PixelLosses,
+    solution: Tensor,
+    grad_output: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+) -> Tensor:
+    """See `eager.logits_gradient`."""
+    grad = torch.empty_like(logits)
+    labels, *rest = pixels.saved
+    gradient.logits_gradient(
+        logits,
+        pixels.losses,
+        labels,
+        rest[0] if rest else pixels.losses,
+        weight,
+        label_smoothing,
+        solution,
+        grad_output,
+        grad,
+    )
+    return grad

@@ -1,0 +1,70 @@
+"""One machine, two ways: with a GPU the kernels run on it, without one in Triton's interpreter on the CPU."""
+
+import os
+
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from lmp_triton import dispatch, reference  # noqa: E402
+
+torch.set_num_threads(1)  # the shapes are small, and pytest-xdist uses the cores
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not dispatch.has_triton() and getattr(item, "callspec", None) and "triton" in item.callspec.params.values():
+            item.add_marker(pytest.mark.skip(reason="Triton is not installed on this platform"))
+
+
+@pytest.fixture(params=["eager", "triton"])
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda" if CUDA else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(monkeypatch):
+    """Fresh memory holds NaN, or 0x7F bytes: what a kernel forgets to write shows."""
+
+    def poison(tensor):
+        if tensor.device.type == "meta" or torch.compiler.is_compiling():
+            return tensor
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else 0x7F)
+
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, original=original, **k: poison(original(*a, **k)))
+
+
+@pytest.fixture
+def rng():
+    """Fresh random inputs on every run; the seed is printed with a failure."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    return np.random.default_rng(seed)
+
+
+def oracle(losses, p, ratio):
+    """The float64 solution for a vector of float32 losses."""
+    ell = losses.detach().double().cpu().numpy()
+    return reference.solve(ell, reference.support(ell.size, ratio), p)
+
+
+def labelled(shape, classes, dtype=torch.float32, device="cpu", ignored=0.1, ignore_index=255, scale=1.0):
+    """Random logits (N, C, *spatial) and target (N, *spatial), some of it ignored."""
+    n, *spatial = shape
+    logits = (scale * torch.randn(n, classes, *spatial)).to(dtype).to(device)
+    target = torch.randint(classes, (n, *spatial))
+    target[torch.rand(target.shape) < ignored] = ignore_index
+    return logits, target.to(device)

@@ -1,0 +1,159 @@
+"""Oracle = eager = Triton: the loss, α*, the number of saturated pixels and every weight, on losses of every kind."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import oracle
+
+import lmp_triton
+
+PS = (1.0, 1.000001, 1.0001, 1.01, 1.05, 1.3, 2.0, 50.0, 1e6, 1e8, math.inf)
+
+
+def distributions(rng):
+    """Name and float32 losses; each shape is there for a way in which solvers go wrong."""
+    yield "uniform", rng.random(700)
+    yield "lognormal", rng.lognormal(0, 1, 1500)
+    yield "heavy tail", rng.lognormal(0, 5, 1500)
+    yield "trained network", rng.exponential(1e-3, 1500) + (rng.random(1500) < 0.05) * rng.exponential(3, 1500)
+    yield "untrained network", 2.9 + 0.3 * rng.standard_normal(1500)
+    yield "ties", np.round(rng.exponential(1, 1500), 1)
+    yield "two values", np.where(rng.random(600) < 0.3, 3.0, 0.5)
+    yield "all equal", np.full(300, 0.7)
+    yield "mostly zero", rng.exponential(1, 400) * (rng.random(400) < 0.1)
+    yield "all zero", np.zeros(50)
+    yield "one loss", np.array([0.3])
+    yield "one outlier", np.append(rng.random(500) * 1e-6, 1e6)
+    yield "thirty orders of magnitude", 10.0 ** -rng.uniform(0, 30, 600)
+    yield "large", rng.lognormal(80, 1, 400)
+    yield "denormal", rng.random(200) * 1e-40
+
+
+def check(losses, p, ratio, backend, device, tolerance=1e-6):
+    """Compare `optimal_weights` and `pool_losses` with the oracle, tighter than the contract of design.md section 5.
+
+    (That is 2e-6·L_ref for the loss, 1e-5·τ for weights at p ≥ 1.05 and q·2^-22·τ below.)
+    """
+    ell = torch.as_tensor(losses, dtype=torch.float32, device=device)
+    expected = oracle(ell, p, ratio)
+    weights, stats = lmp_triton.optimal_weights(ell, p=p, ratio=ratio, scope="batch", backend=backend)
+    loss = lmp_triton.pool_losses(ell, p=p, ratio=ratio, scope="batch", backend=backend)
+    # A result below 2^-126 has fewer bits: one step of 2^-149 then.
+    assert abs(loss.item() - expected.loss) <= tolerance * expected.loss + 2.0**-149
+    assert np.abs(weights.cpu().double().numpy() - expected.weights).max() <= tolerance * expected.tau
+    assert stats.tau.item() == pytest.approx(expected.tau, rel=1e-6)
+    assert stats.valid.item() == ell.numel()
+    assert stats.total_weight.item() == pytest.approx(expected.weights.sum(), rel=1e-6)
+    near = torch.isclose(ell.double(), torch.tensor(expected.alpha, dtype=torch.float64), rtol=1e-6, atol=2.0**-149).sum()
+    assert abs(stats.saturated.item() - expected.saturated) <= near.item()
+    return stats, expected
+
+
+@pytest.mark.parametrize("p", PS)
+def test_against_the_oracle(rng, backend, device, p):
+    for name, losses in distributions(rng):
+        for ratio in (0.01, float(rng.uniform(0.05, 0.95)), 1.0):
+            print(name, ratio)
+            stats, expected = check(losses, p, ratio, backend, device)
+            if p >= 1.05:  # below, α* may jump on a change of m in the last bit, the weights may not
+                ulp = np.spacing(np.float32(min(expected.alpha, 3e38)))
+                assert abs(stats.alpha.item() - expected.alpha) <= 4 * ulp
+
+
+@pytest.mark.parametrize("p", [1.0, 1.3])
+def test_every_small_n(rng, backend, device, p):
+    for n in (2, 3, 5, 8):
+        losses = np.round(rng.exponential(1, n), 1)
+        for m in range(1, n + 1):
+            check(losses, p, m / n, backend, device)
+
+
+def test_m_next_to_the_number_of_positive_losses(rng, backend, device):
+    losses = np.append(rng.exponential(1, 40), np.zeros(60))
+    for m in (39, 39.999, 40, 40.001, 41):
+        check(losses, 1.3, m / 100, backend, device)
+
+
+@pytest.mark.parametrize("capacity", [16, 1 << 14])
+def test_short_list_that_overflows(rng, monkeypatch, capacity, device):
+    """More losses in the bracket than the list holds: the last program walks all losses instead."""
+    pytest.importorskip("triton")
+    from lmp_triton.kernels import configs, select
+
+    config = configs.SELECT._replace(capacity=capacity)
+    monkeypatch.setattr(configs, "SELECT", config)
+    monkeypatch.setattr(select, "SELECT", config)
+    for p in (1.0, 1.05, 1.3):
+        check(2 + 0.1 * rng.random(5000), p, 0.3, "triton", device)
+        check(rng.lognormal(0, 1, 5000), p, 0.3, "triton", device)
+
+
+def test_several_segments_at_once(rng, backend, device):
+    losses = torch.tensor(rng.lognormal(0, 2, (5, 3, 400)), dtype=torch.float32, device=device)
+    mask = torch.tensor(rng.random((5, 3, 400)) < 0.8, device=device)
+    mask[2] = False
+    loss, stats = lmp_triton.pool_losses(losses, mask, reduction="none", backend=backend, return_stats=True)
+    for i in range(5):
+        valid = losses[i][mask[i]]
+        assert stats.valid[i].item() == valid.numel()
+        assert loss[i].item() == pytest.approx(oracle(valid, 1.3, 0.25).loss, rel=1e-6)
+    mean = lmp_triton.pool_losses(losses, mask, backend=backend)
+    assert mean.item() == pytest.approx(loss.sum().item() / 4, rel=1e-6)  # the empty segment does not count
+    total = lmp_triton.pool_losses(losses, mask, reduction="sum", backend=backend)
+    assert total.item() == pytest.approx(loss.sum().item(), rel=1e-6)
+    batch = lmp_triton.pool_losses(losses, mask, scope="batch", backend=backend)
+    assert batch.item() == pytest.approx(oracle(losses[mask], 1.3, 0.25).loss, rel=1e-6)
+
+
+def test_gradient_of_pool_losses_is_the_weights(rng, backend, device):
+    losses = torch.tensor(rng.lognormal(0, 1, (2, 300)), dtype=torch.float32, device=device, requires_grad=True)
+    mask = torch.tensor(rng.random((2, 300)) < 0.9, device=device)
+    lmp_triton.pool_losses(losses, mask, reduction="sum", backend=backend).backward()
+    weights, _ = lmp_triton.optimal_weights(losses, mask, backend=backend)
+    torch.testing.assert_close(losses.grad, weights, rtol=0, atol=0)
+    assert not losses.grad[~mask].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_types_of_losses(rng, backend, device, dtype):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("float64 is the eager backend's")
+    losses = torch.tensor(rng.exponential(1, (2, 300)), device=device).to(dtype).requires_grad_()
+    loss = lmp_triton.pool_losses(losses, reduction="none", backend=backend)
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    loss.sum().backward()
+    assert losses.grad.dtype == dtype
+    expected = oracle(losses[0], 1.3, 0.25)
+    assert loss[0].item() == pytest.approx(expected.loss, rel=1e-6 if dtype != torch.float64 else 1e-13)
+    error = np.abs(losses.grad[0].double().cpu().numpy() - expected.weights).max() / expected.tau
+    assert error <= {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float64: 1e-12}[dtype]
+
+
+def test_p_and_ratio_as_tensors(rng, backend, device):
+    losses = torch.tensor(rng.lognormal(0, 1, (3, 500)), dtype=torch.float32, device=device)
+    for dtype in (torch.float32, torch.float64):
+        p, ratio = torch.tensor(1.7, dtype=dtype, device=device), torch.tensor(0.3, dtype=dtype, device=device)
+        got = lmp_triton.pool_losses(losses, p=p, ratio=ratio, backend=backend)
+        want = lmp_triton.pool_losses(losses, p=p.item(), ratio=ratio.item(), backend=backend)
+        assert got.item() == want.item()
+
+
+def test_strided_losses_and_masks(rng, backend, device):
+    base = torch.tensor(rng.lognormal(0, 1, (3, 40, 2, 30)), dtype=torch.float32, device=device)
+    mask = torch.tensor(rng.random((3, 40, 2, 30)) < 0.8, device=device)
+    losses, valid = base[:, ::2, 1].transpose(1, 2), mask[:, ::2, 1].transpose(1, 2)
+    got = lmp_triton.pool_losses(losses, valid, reduction="none", backend=backend)
+    want = lmp_triton.pool_losses(losses.contiguous(), valid.contiguous(), reduction="none", backend=backend)
+    assert torch.equal(got, want)
+    expanded = base[:1, :1, 0].expand(2, 7, 30)
+    got = lmp_triton.pool_losses(expanded, reduction="none", backend=backend)
+    want = lmp_triton.pool_losses(expanded.contiguous(), reduction="none", backend=backend)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("p", [1.0, 1.001, 1.3, 1e6])
+def test_a_million_losses(rng, device, p):
+    check(rng.lognormal(0, 2, 1_000_000), p, 0.25, "eager", device)
