@@ -57,7 +57,7 @@ def sum_of_weights(weight, HAS_WEIGHT: tl.constexpr, CLASSES: tl.constexpr):
     """Σ_k v_k."""
     total = 0.0
     if HAS_WEIGHT:
-        for c in range(0, CLASSES):
+        for c in range(CLASSES):
             total += tl.load(weight + c).to(tl.float32)
     else:
         total += CLASSES
@@ -91,7 +91,7 @@ def softmax_losses_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Losses, narrowed labels and statistics of the pixels of one image; grid N × programs, which stride over the tiles.
+    """Losses, labels and statistics of the pixels of an image; grid N × programs, which stride over the tiles.
 
     Reads   logits (N, C, L) once, strided, in any float type; target (N, L) once, any integer type; weight (C,).
     Writes  losses (N, L) float32: ℓ, −1 where ignored, NaN where the label or a logit is bad; labels (N, L), a label
@@ -123,8 +123,9 @@ def softmax_losses_kernel(
         offsets = within * pixel_stride
         tile_logits = logits + tl.cast(start, tl.int64) * pixel_stride
 
-        label = tl.load(target + tl.cast(start, tl.int64) * target_pixel_stride + within * target_pixel_stride,
-                        mask=inside, other=0).to(tl.int64)
+        label = tl.load(
+            target + tl.cast(start, tl.int64) * target_pixel_stride + within * target_pixel_stride, mask=inside, other=0
+        ).to(tl.int64)
         valid = inside & (label != ignore_index)
         good = (label >= 0) & (label < CLASSES)
         label = tl.where(good, label, 0)

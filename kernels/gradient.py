@@ -69,7 +69,7 @@ def logits_gradient_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """∂value/∂logits of the pixels of one image; grid N × tiles, in reverse: what was read last is in the cache.
+    """∂value/∂logits of the pixels of an image; grid N × tiles, in reverse: what was read last is in the cache.
 
     With a = (1−ε)·v_y + (ε/C)·Σ_k v_k: w*·grad_output·[a·softmax_c − (1−ε)·v_y·[c = y] − (ε/C)·v_c].
 
@@ -81,9 +81,7 @@ def logits_gradient_kernel(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     image = (program // tiles).to(tl.int64)
     segment = image if PER_IMAGE else image * 0
-    pivot, drop, exponent, scale = segment_scale(
-        solution, grad_output, grad_output_stride, segments, segment
-    )
+    pivot, drop, exponent, scale = segment_scale(solution, grad_output, grad_output_stride, segments, segment)
     pixels = pixels * UNIT
     class_stride = class_stride * UNIT
     grad_class_stride = grad_class_stride * UNIT
@@ -160,7 +158,7 @@ def logits_gradient(
     grad_output: Tensor,
     grad: Tensor,
 ) -> None:
-    """Fill grad (N, C, L) from what `softmax_losses` and `select` left; nll is the losses without weights, smoothing."""
+    """Fill grad (N, C, L) from what `softmax_losses` and `select` left; nll is the losses if they are plain."""
     images, classes, pixels = logits.shape
     config = pixel_config(classes)
     unit = min(unit_of(logits), unit_of(grad))
@@ -173,7 +171,7 @@ def logits_gradient(
         nll,
         weight,
         solution,
-            grad_output,
+        grad_output,
         grad,
         tiles,
         grad_output.stride(0) if grad_output.ndim else 0,

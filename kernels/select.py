@@ -172,7 +172,7 @@ def select_kernel(
     q32 = q.to(tl.float32)
     n = tl.load(here + VALID)
     max_bits = tl.load(here + MAXIMUM).to(tl.int32)
-    m = tl.minimum(tl.maximum(ratio * n.to(tl.float64), 1.0), n.to(tl.float64))
+    m = tl.maximum(tl.minimum(ratio * n.to(tl.float64), n.to(tl.float64)), 1.0)
     poisoned = (max_bits >= INF_BITS) | (p < 1) | (p != p) | (ratio <= 0) | (ratio > 1) | (ratio != ratio)
     norm = normaliser(bits_float(max_bits))
 
@@ -224,7 +224,9 @@ def select_kernel(
         k = tl.arange(0, THRESHOLDS)
         while (hi - lo > 1) & (lo_above > hi_above) & (poisoned == 0):
             # α* lies below both Newton steps. The chord of s·f(s^(1/q)), which is concave, bounds it from below.
-            newton = tl.minimum(root_of_piece(lo, lo_above, lo_powers, m, q), root_of_piece(hi, hi_above, hi_powers, m, q))
+            newton = tl.minimum(
+                root_of_piece(lo, lo_above, lo_powers, m, q), root_of_piece(hi, hi_above, hi_powers, m, q)
+            )
             middle = lo + (hi - lo) // 2
             chord = lo + (hi - lo) // 4
             if (hi_powers > 0) & (lo > 0):
@@ -263,7 +265,7 @@ def select_kernel(
         alpha = pivot.to(tl.float64) * tl.exp2(log2_excess / q)
         drop = log2_excess * (exponent / q)
         some = tl.where(n > 0, n, 1).to(tl.float64)
-        tau = tl.exp2(-(tl.log2(some) / q + tl.log2(tl.where(n > 0, m, 1.0)) / p))
+        tau = tl.exp2(-(tl.log2(some) / q + tl.log2(m) / p))
         tau = tl.where(n > 0, tau, 0.0)
         pooled = tau * (heavy_sum + tl.where(lo > 0, c * alpha, 0.0))
         saturated = lo_above + tl.where((drop == 0) & (lo > 0), ties, 0)
@@ -328,7 +330,9 @@ def select(
     ratio: int | Tensor,
     reduction: str,
 ) -> None:
-    """Fill solution (6, S), loss (S,), counts (2, S) and, unless the reduction is "none", value () from losses (S, n) and the workspace of stage one.
+    """Fill solution (6, S), loss (S,), counts (2, S) and value () from losses (S, n) and the workspace of stage one.
+
+    With reduction "none" value is not written.
 
     p and ratio: a float64 0-dim tensor on the device of the losses, or the bits of a float64 as an integer.
     """

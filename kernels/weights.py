@@ -51,9 +51,7 @@ def pixel_weights_kernel(
     Bytes   4 read, sizeof(weight) written a pixel.
     """
     segment = (tl.program_id(0) // programs_a_row).to(tl.int64)
-    pivot, drop, exponent, scale = segment_scale(
-        solution, grad_output, grad_output_stride, segments, segment
-    )
+    pivot, drop, exponent, scale = segment_scale(solution, grad_output, grad_output_stride, segments, segment)
     total = tl.zeros([BLOCK], tl.int64)
     for tile in range(tl.program_id(0) % programs_a_row, tl.cdiv(length, BLOCK), programs_a_row):
         index = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -82,7 +80,7 @@ def pixel_weights(
     pixel_weights_kernel[(segments * programs_a_row,)](
         losses,
         solution,
-            grad_output,
+        grad_output,
         weights,
         totals,
         programs_a_row,

@@ -37,8 +37,8 @@ def loss_max_pooling(
         target: (N, *spatial), class indices of type uint8, int8, int16, int32 or int64.
         p: the norm that bounds the weights, in [1, ∞]: 1 pools the hardest pixels alone, ∞ is the mean. A float, or a
             0-dim floating tensor on the device of the logits. Default 1.3, the best of the paper's Table 1.
-        ratio: m/n, the least share of the valid pixels that the weights spread over, in (0, 1]; m = clamp(ratio·n, 1, n).
-            1 is the mean. Like p, a float or a tensor. Default 0.25, from Section 5.2 of the paper.
+        ratio: m/n, the least share of the valid pixels that the weights spread over, in (0, 1]; m = clamp(ratio·n, 1,
+            n). 1 is the mean. Like p, a float or a tensor. Default 0.25, from Section 5.2 of the paper.
         weight: (C,) class weights, not negative, as in `F.cross_entropy(reduction="none")`.
         ignore_index: pixels with this label take no part: not in the loss, not in n, not in m.
         label_smoothing: in [0, 1], as in `F.cross_entropy`.
@@ -97,8 +97,8 @@ def pool_losses(
     """Max-pool any pixel losses that are not negative; the gradient with respect to them is w*.
 
     Args:
-        losses: (N, *spatial), floating; with scope="batch" any shape from (n,) on. A negative, infinite or NaN loss of a
-            valid pixel makes the loss and gradient of its segment NaN.
+        losses: (N, *spatial), floating; with scope="batch" any shape from (n,) on. A negative, infinite or NaN loss of
+            a valid pixel makes the loss and gradient of its segment NaN.
         mask: bool, the shape of losses, True where valid; None: everywhere.
         p, ratio, scope, reduction, group, backend, solver, return_stats: as in `loss_max_pooling`.
 
@@ -111,8 +111,7 @@ def pool_losses(
     checks.options(p, ratio, scope, reduction, group, losses.device)
     checks.losses_and_mask(losses, mask, scope)
     segments = losses.shape[0] if scope == "image" else 1
-    losses, mask = (x if x is None else x.flatten(1) if x.ndim > 1 else x.unsqueeze(0) for x in (losses, mask))
-    assert losses is not None
+    losses, mask = _rows(losses), None if mask is None else _rows(mask)
     backend = dispatch.choose(losses, backend, solver)
     if not losses.numel():
         return _nothing(losses, segments, reduction, return_stats)
@@ -142,8 +141,7 @@ def optimal_weights(
     checks.losses_and_mask(losses, mask, scope)
     segments = losses.shape[0] if scope == "image" else 1
     shape, dtype = losses.shape, torch.promote_types(losses.dtype, torch.float32)
-    losses, mask = (x if x is None else x.flatten(1) if x.ndim > 1 else x.unsqueeze(0) for x in (losses, mask))
-    assert losses is not None
+    losses, mask = _rows(losses), None if mask is None else _rows(mask)
     backend = dispatch.choose(losses, backend, solver)
     if not losses.numel():
         return losses.detach().to(dtype).view(shape), _no_stats(losses, segments)
@@ -170,6 +168,11 @@ def upsampled_loss_max_pooling(
     )
 
 
+def _rows(x: Tensor) -> Tensor:
+    """(N, *spatial) as (N, L), and (n,) as one row."""
+    return x.flatten(1) if x.ndim > 1 else x.unsqueeze(0)
+
+
 def _result(outputs: tuple[Tensor, ...], backend: str, return_stats: bool) -> Tensor | tuple[Tensor, PoolingStats]:
     value, solution, counts, losses = outputs
     return (value, _stats(solution, counts, losses, backend)) if return_stats else value
@@ -186,9 +189,7 @@ def _no_stats(values: Tensor, segments: int) -> PoolingStats:
     return PoolingStats(real, real, count, count, real)
 
 
-def _nothing(
-    values: Tensor, segments: int, reduction: str, return_stats: bool
-) -> Tensor | tuple[Tensor, PoolingStats]:
+def _nothing(values: Tensor, segments: int, reduction: str, return_stats: bool) -> Tensor | tuple[Tensor, PoolingStats]:
     """The loss of no pixel at all: 0, with a graph."""
     zero = values.to(torch.promote_types(values.dtype, torch.float32)).sum()
     value = zero.expand(segments).clone() if reduction == "none" else zero

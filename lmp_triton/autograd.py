@@ -44,7 +44,7 @@ class _Once(torch.autograd.Function):
 
 def _refuse_second_derivative(grad: Tensor, *sources: Tensor) -> Tensor:
     """The gradient as it is; under create_graph=True, tied to its sources so that differentiating it raises."""
-    return _Once.apply(grad, *sources) if torch.is_grad_enabled() else grad  # type: ignore[no-any-return]
+    return _Once.apply(grad, *sources) if torch.is_grad_enabled() else grad
 
 
 class FromLogits(torch.autograd.Function):

@@ -78,8 +78,7 @@ def logits_and_target(logits: Tensor, target: Tensor, weight: Tensor | None, sco
         raise ValueError(f"logits must have shape (N, C, *spatial), got {tuple(logits.shape)}")
     if logits.ndim == 2 and scope == "image":
         raise ValueError(
-            f'logits of shape (N, C) = {tuple(logits.shape)} make every row a segment of one element: '
-            'use scope="batch"'
+            f'logits of shape (N, C) = {tuple(logits.shape)} make every row a segment of one element: use scope="batch"'
         )
     if target.is_floating_point() or target.is_complex():
         raise TypeError(

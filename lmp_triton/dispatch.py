@@ -53,7 +53,7 @@ def choose(values: Tensor, backend: str = "auto", solver: str = "auto") -> str:
     elif backend == "auto":
         backend = "triton" if values.device.type == "cuda" and not obstacle(values) else "eager"
         # Nobody has run the kernels on AMD yet: there they are used when asked for by name.
-        if torch.version.hip or solver == "auto" and torch.compiler.is_compiling():
+        if torch.version.hip:
             backend = "eager"
     if backend == "eager" and solver != "auto":
         raise ValueError(f'solver={solver!r} chooses among kernels; the eager backend takes solver="auto" only')
@@ -76,7 +76,11 @@ def obstacle(values: Tensor) -> str | None:
         return "the tensors are on the CPU and TRITON_INTERPRET=1 is not set"
     if values.device.type not in ("cpu", "cuda"):
         return f"it runs on CUDA devices, not on {values.device.type}"
-    if values.device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(values.device) < (8, 0):
+    if (
+        values.device.type == "cuda"
+        and not torch.version.hip
+        and torch.cuda.get_device_capability(values.device) < (8, 0)
+    ):
         return "it takes GPUs of compute capability 8.0 and newer"
     return None
 

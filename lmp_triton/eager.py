@@ -98,7 +98,7 @@ def marked_losses(losses: Tensor, mask: Tensor | None, segments: int) -> PixelLo
 
 
 def _mark(losses: Tensor, good: Tensor, valid: Tensor) -> Tensor:
-    """Losses with NaN where there is none to be had (bad label, negative or infinite loss) and IGNORED where invalid."""
+    """Losses with NaN where there is none to be had (bad label, negative or infinite loss), IGNORED where invalid."""
     good = good & (losses >= 0) & (losses < torch.inf)
     return torch.where(valid, torch.where(good, losses, torch.nan), IGNORED)
 
@@ -106,9 +106,7 @@ def _mark(losses: Tensor, good: Tensor, valid: Tensor) -> Tensor:
 # --- stage two: the pivot, α* and the loss ------------------------------------------------------------------------
 
 
-def solve(
-    pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, segments: int, reduction: str
-) -> Pooling:
+def solve(pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, segments: int, reduction: str) -> Pooling:
     """Find α* of each segment and with it the pooled loss (equations 9 and 10).
 
     With f(t) = |{ℓ > t}| + Σ_{ℓ ≤ t} (ℓ/t)^q − m, which falls as t grows, α* is the largest root of f, and the pivot
@@ -119,14 +117,13 @@ def solve(
     losses = pixels.losses.view(segments, -1)
     dtype, wide = losses.dtype, _wide(losses.device)
     p, ratio = (
-        x.to(wide) if isinstance(x, Tensor) else torch.full((), x, dtype=wide, device=losses.device)
-        for x in (p, ratio)
+        x.to(wide) if isinstance(x, Tensor) else torch.full((), x, dtype=wide, device=losses.device) for x in (p, ratio)
     )
     q = torch.where(p == torch.inf, 1.0, p / (p - 1)).clamp_max(Q_CAP[dtype])
     exponent = (1 / (p - 1)).clamp_max(Q_CAP[dtype])
     valid = (losses != IGNORED).sum(1)
     n = valid.to(wide)
-    m = torch.minimum((ratio * n).clamp_min(1.0), n)
+    m = torch.minimum(ratio * n, n).clamp_min(1.0)
     tau = torch.where(valid > 0, torch.exp2(-(n.log2() / q + m.log2() / p)), 0.0)
     poisoned = losses.isnan().any(1) | ~((p >= 1) & (ratio > 0) & (ratio <= 1))
 
@@ -146,9 +143,7 @@ def solve(
     loss = tau * (heavy + torch.where(uniform, 0.0, c * alpha))
     loss = torch.where(valid > 0, loss, 0.0)
 
-    loss, alpha, tau, drop = (
-        torch.where(poisoned, torch.nan, x).to(dtype) for x in (loss, alpha, tau, drop)
-    )
+    loss, alpha, tau, drop = (torch.where(poisoned, torch.nan, x).to(dtype) for x in (loss, alpha, tau, drop))
     step = tau
     if reduction == "mean":
         scale = (valid > 0).to(wide) / (valid > 0).sum().clamp_min(1)

@@ -1,4 +1,4 @@
-"""The Triton backend: the same stages as `lmp_triton.eager`, each one launch. Allocates, then calls `lmp_triton.kernels`.
+"""The Triton backend: the stages of `lmp_triton.eager`, each one launch. Allocates, then calls `lmp_triton.kernels`.
 
 Launches of one call: forward 3 (zeroing the workspace, losses, select), backward 1.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .kernels import configs, cross_entropy, gradient, losses, select, weights, workspace
 from .types import SOLUTION_ROWS, PixelLosses, Pooling
+
 
 def _workspace(segments: int, device: torch.device) -> Tensor:
     return torch.zeros(segments * workspace.WORDS.value + 1, dtype=torch.int64, device=device)
@@ -49,9 +50,7 @@ def marked_losses(values: Tensor, mask: Tensor | None, segments: int) -> PixelLo
     return PixelLosses(pixel_losses, (), statistics)
 
 
-def solve(
-    pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, segments: int, reduction: str
-) -> Pooling:
+def solve(pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, segments: int, reduction: str) -> Pooling:
     """See `eager.solve`."""
     device = pixels.losses.device
     assert pixels.statistics is not None

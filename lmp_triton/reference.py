@@ -86,10 +86,10 @@ def solve(losses: ArrayLike, m: float, p: float) -> Solution:
         log_a = q * math.log(peak) + math.log(np.sum(_power(ell[below] / peak, q)))
         log_alpha = (log_a - math.log(c)) / q
         alpha = math.exp(log_alpha)
-        with np.errstate(divide="ignore"):
-            # q − 1 = 1/(p − 1), without the cancellation. −∞/∞ at p = ∞ is overwritten just below.
-            with np.errstate(invalid="ignore"):
-                weights[below] = tau * np.exp(np.minimum(np.log(ell[below]) - log_alpha, 0.0) / (p - 1))
+        # −∞/∞ at p = ∞ is overwritten just below.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # q − 1 = 1/(p − 1), without the cancellation.
+            weights[below] = tau * np.exp(np.minimum(np.log(ell[below]) - log_alpha, 0.0) / (p - 1))
     if m == n or q == 1:
         weights[:] = tau  # the uniform weights, zero losses included
     # αs are compared exactly where several losses tie at α, so a weight that is τ up to rounding counts as τ.

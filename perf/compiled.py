@@ -57,9 +57,7 @@ def compile_for(
         aligned: pointers are divisible by 16, as PyTorch's allocations are.
     """
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    attrs = {
-        (i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if aligned and t.startswith("*")
-    }
+    attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if aligned and t.startswith("*")}
     built = triton.compile(
         ASTSource(kernel, types, dict(constants), attrs),
         target=GPUTarget("cuda", capability, 32),

@@ -1,5 +1,6 @@
 """The oracle solves the problem of the paper: checked against general convex solvers, and against its own dual."""
 
+import itertools
 import math
 
 import numpy as np
@@ -38,8 +39,8 @@ def test_against_a_convex_solver(rng, p):
             bounds=[(0, tau)] * n,
             constraints={
                 "type": "ineq",
-                "fun": lambda w, n=n, p=p: 1 - np.sum((np.abs(w) / gamma) ** p),
-                "jac": lambda w, p=p: -p * (np.abs(w) / gamma) ** (p - 1) / gamma,
+                "fun": lambda w, gamma=gamma: 1 - np.sum((np.abs(w) / gamma) ** p),
+                "jac": lambda w, gamma=gamma: -p * (np.abs(w) / gamma) ** (p - 1) / gamma,
             },
             method="SLSQP",
             options={"ftol": 1e-14, "maxiter": 500},
@@ -96,7 +97,7 @@ def test_the_mean(rng):
 
 def test_m_equal_to_n_does_not_read_before_the_first_loss():
     """Line 14 of the printed algorithm would read π_0."""
-    assert solve([2.0, 1.0], 2.0, 1.0) .alpha == 1.0
+    assert solve([2.0, 1.0], 2.0, 1.0).alpha == 1.0
     assert solve([2.0, 1.0], 2.0, 1.0).loss == pytest.approx(1.5)
 
 
@@ -125,7 +126,7 @@ def test_equivariance_and_monotony(rng):
     np.testing.assert_allclose(solve(ell[order], 17.3, 1.3).weights, base.weights[order], rtol=1e-12)
     by_p = [solve(ell, 17.3, p).loss for p in PS]
     by_m = [solve(ell, m, 1.3).loss for m in np.linspace(1, 100, 30)]
-    assert all(a >= b * (1 - 1e-12) for sequence in (by_p, by_m) for a, b in zip(sequence, sequence[1:], strict=False))
+    assert all(a >= b * (1 - 1e-12) for sequence in (by_p, by_m) for a, b in itertools.pairwise(sequence))
 
 
 def test_near_an_integer_m():
@@ -144,5 +145,5 @@ def test_p_near_1_keeps_small_losses():
 
 @pytest.mark.parametrize("losses, m, p", [([-1.0], 1, 1.3), ([math.nan], 1, 1.3), ([1.0], 2, 1.3), ([1.0], 1, 0.9)])
 def test_bad_input(losses, m, p):
-    with pytest.raises(ValueError, match="losses|m must|p must"):
+    with pytest.raises(ValueError, match=r"losses|m must|p must"):
         solve(losses, m, p)
