@@ -8,6 +8,19 @@ import torch
 from torch import Tensor
 
 
+class StreamConfig(NamedTuple):
+    """How a kernel that does little to each loss walks them."""
+
+    block: int
+    """Losses a tile."""
+    warps: int
+    programs: int
+    """Programs launched for each multiprocessor: enough to fill it, few enough that one walks several tiles."""
+
+
+STREAM = StreamConfig(block=1024, warps=4, programs=8)
+
+
 class PixelConfig(NamedTuple):
     """How a kernel walks the logits."""
 
@@ -16,6 +29,8 @@ class PixelConfig(NamedTuple):
     block: int
     """Pixels a tile."""
     warps: int
+    programs: int
+    """As in `StreamConfig`."""
 
 
 WHOLE = 32
@@ -26,10 +41,10 @@ CHUNK = 10
 def pixel_config(classes: int) -> PixelConfig:
     """The configuration for a number of classes: 4 pixels a thread, registers below 128 (compiled for sm_90)."""
     if classes <= WHOLE:
-        return PixelConfig(classes, 512, 4)
+        return PixelConfig(classes, 512, 4, 8)
     # A chunk that divides the classes wastes no loads; otherwise the last one is masked.
     chunk = next((size for size in range(CHUNK, 6, -1) if classes % size == 0), CHUNK)
-    return PixelConfig(chunk, 512, 4)
+    return PixelConfig(chunk, 512, 4, 8)
 
 
 class SelectConfig(NamedTuple):
@@ -38,23 +53,23 @@ class SelectConfig(NamedTuple):
     block: int
     """Losses a tile."""
     warps: int
+    """16: with 8, the registers of the search spill."""
+    programs: int
+    """As in `StreamConfig`; few, since each derives the bracket for itself."""
     capacity: int
     """Losses of the bracket the short list can hold; if there are more, the last program walks all losses."""
 
 
-SELECT = SelectConfig(block=1024, warps=8, capacity=16384)
-
-PROGRAMS_PER_SM = 8
-"""Programs launched for each multiprocessor: enough to fill it, few enough that a program walks several tiles."""
+SELECT = SelectConfig(block=1024, warps=16, programs=4, capacity=16384)
 
 
-def programs(pixels: int, block: int, rows: int, device: torch.device) -> int:
+def programs(length: int, rows: int, config: StreamConfig | SelectConfig | PixelConfig, device: torch.device) -> int:
     """How many programs share the tiles of one row (an image or a segment), with `rows` rows in the launch.
 
     Grids have one dimension, rows × programs: the others end at 65535.
     """
-    tiles = max(1, -(-pixels // block))
-    return min(tiles, max(1, -(-PROGRAMS_PER_SM * multiprocessors(device) // max(1, rows))))
+    tiles = -(-length // config.block)
+    return min(tiles, -(-config.programs * multiprocessors(device) // rows))
 
 
 @functools.cache
@@ -63,9 +78,13 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def unit_of(tensor: Tensor) -> int:
-    """The largest power of two up to 16 that divides the row length and the outer strides of (N, C, L) logits."""
-    return math.gcd(tensor.shape[2], tensor.stride(0), tensor.stride(1), 16)
+def unit_of(*tensors: Tensor) -> int:
+    """The largest power of two up to 16 that divides the row length and the outer strides of (N, …, L) tensors.
+
+    Kernels get these sizes in units of it, multiplied back by a constant, so that the compiler knows what divides them
+    and loads vectors. By itself it looks for divisibility by 16 only, and 550·550 is divisible by 4.
+    """
+    return math.gcd(16, *(size for x in tensors for size in (x.shape[-1], *x.stride()[:-1])))
 
 
 def fraction_bits(length: int) -> int:

@@ -99,8 +99,7 @@ def softmax_losses_kernel(
             workspace: maximum, count and histogram of the segment, BINS + 2 atomics a program.
     Bytes   C·sizeof(logit) + sizeof(target) read, 5 written a pixel (C ≤ 256; 6 above; 4 more with SAVE_NLL).
 
-    pixels, image_stride and class_stride are in units of UNIT elements, so that the compiler knows what divides
-    them and loads vectors: it would only ever look for divisibility by 16.
+    pixels, image_stride and class_stride are in units of UNIT elements, see `configs.unit_of`.
     """
     image = (tl.program_id(0) // programs_a_row).to(tl.int64)
     pixels = pixels * UNIT
@@ -184,7 +183,7 @@ def softmax_losses(
     images, classes, pixels = logits.shape
     config = pixel_config(classes)
     unit = unit_of(logits)
-    programs_a_row = programs(pixels, config.block, images, logits.device)
+    programs_a_row = programs(pixels, images, config, logits.device)
     softmax_losses_kernel[(images * programs_a_row,)](
         logits,
         target,

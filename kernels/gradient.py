@@ -161,7 +161,7 @@ def logits_gradient(
     """Fill grad (N, C, L) from what `softmax_losses` and `select` left; nll is the losses if they are plain."""
     images, classes, pixels = logits.shape
     config = pixel_config(classes)
-    unit = min(unit_of(logits), unit_of(grad))
+    unit = unit_of(logits, grad)
     segments = solution.shape[1]
     tiles = -(-pixels // config.block)
     logits_gradient_kernel[(images * tiles,)](

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import SELECT, programs
+from .configs import STREAM, programs, unit_of
 from .workspace import BINS, WORDS, poison, publish, tally
 
 
@@ -21,6 +21,7 @@ def mark_losses_kernel(
     stride,
     mask_row_stride,
     mask_stride,
+    UNIT: tl.constexpr,
     PER_IMAGE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -31,7 +32,12 @@ def mark_losses_kernel(
     Writes  losses (N, L) float32: ℓ, −1 where the mask is 0, NaN where ℓ is negative or not finite;
             workspace: maximum, count and histogram of the segment, BINS + 2 atomics a program.
     Bytes   sizeof(value) + 1 read, 4 written a pixel.
+
+    length and the row strides are in units of UNIT elements, see `configs.unit_of`.
     """
+    length = length * UNIT
+    row_stride = row_stride * UNIT
+    mask_row_stride = mask_row_stride * UNIT
     row = (tl.program_id(0) // programs_a_row).to(tl.int64)
     maximum = tl.zeros([BLOCK], tl.int32)
     count = tl.zeros([BLOCK], tl.int32)
@@ -55,21 +61,23 @@ def mark_losses_kernel(
 def mark_losses(values: Tensor, mask: Tensor | None, losses: Tensor, workspace: Tensor) -> None:
     """Fill losses and workspace (zeroed by the caller) from values (N, L) and mask (N, L) bool."""
     rows, length = values.shape
-    programs_a_row = programs(length, SELECT.block, rows, values.device)
+    unit = unit_of(values) if mask is None else unit_of(values, mask)
+    programs_a_row = programs(length, rows, STREAM, values.device)
     mark_losses_kernel[(rows * programs_a_row,)](
         values,
         mask if mask is None else mask.view(torch.uint8),
         losses,
         workspace,
         programs_a_row,
-        length,
-        values.stride(0),
+        length // unit,
+        values.stride(0) // unit,
         values.stride(1),
-        0 if mask is None else mask.stride(0),
+        0 if mask is None else mask.stride(0) // unit,
         0 if mask is None else mask.stride(1),
+        UNIT=unit,
         PER_IMAGE=workspace.numel() > WORDS.value + 1,
         HAS_MASK=mask is not None,
-        BLOCK=SELECT.block,
-        num_warps=SELECT.warps,
+        BLOCK=STREAM.block,
+        num_warps=STREAM.warps,
         enable_fp_fusion=True,
     )

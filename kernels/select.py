@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import SELECT, fraction_bits, programs
+from .configs import SELECT, fraction_bits, programs, unit_of
 from .numerics import (
     INF_BITS,
     Q_CAP,
@@ -148,6 +148,7 @@ def select_kernel(
     P_IS_TENSOR: tl.constexpr,
     RATIO_IS_TENSOR: tl.constexpr,
     REDUCTION: tl.constexpr,
+    UNIT: tl.constexpr,
     CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -160,6 +161,7 @@ def select_kernel(
     Bytes   4 read a pixel, and 4 read and written for each loss in the bracket.
     Rounds  at most 31: the bracket of bit patterns is halved at least; 3 or 4 as a rule, Newton being quadratic.
     """
+    length = length * UNIT
     segment = (tl.program_id(0) // programs_a_row).to(tl.int64)
     losses += segment * length
     short_list += segment * CAPACITY
@@ -337,7 +339,8 @@ def select(
     p and ratio: a float64 0-dim tensor on the device of the losses, or the bits of a float64 as an integer.
     """
     segments, length = losses.shape
-    programs_a_row = programs(length, SELECT.block, segments, losses.device)
+    unit = unit_of(losses)
+    programs_a_row = programs(length, segments, SELECT, losses.device)
     select_kernel[(segments * programs_a_row,)](
         losses,
         short_list,
@@ -349,12 +352,13 @@ def select(
         p,
         ratio,
         programs_a_row,
-        length,
+        length // unit,
         fraction_bits(length),
         segments,
         P_IS_TENSOR=isinstance(p, Tensor),
         RATIO_IS_TENSOR=isinstance(ratio, Tensor),
         REDUCTION=reduction,
+        UNIT=unit,
         CAPACITY=SELECT.capacity,
         BLOCK=SELECT.block,
         num_warps=SELECT.warps,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import SELECT, fraction_bits, programs
+from .configs import STREAM, fraction_bits, programs, unit_of
 from .numerics import log2_ratio, normaliser, to_fixed
 
 
@@ -39,6 +39,7 @@ def pixel_weights_kernel(
     segments,
     length,
     fraction_bits,
+    UNIT: tl.constexpr,
     WRITE: tl.constexpr,
     SUM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -49,7 +50,10 @@ def pixel_weights_kernel(
     Writes  weights (S, n), any float type, rounded once, with WRITE; totals (S,) int64, fixed point, zeroed by the
             caller, one atomic a program, with SUM.
     Bytes   4 read, sizeof(weight) written a pixel.
+
+    length is in units of UNIT elements, see `configs.unit_of`.
     """
+    length = length * UNIT
     segment = (tl.program_id(0) // programs_a_row).to(tl.int64)
     pivot, drop, exponent, scale = segment_scale(solution, grad_output, grad_output_stride, segments, segment)
     total = tl.zeros([BLOCK], tl.int64)
@@ -76,7 +80,8 @@ def pixel_weights(
 ) -> None:
     """Fill weights (S, n) and totals (S,), whichever is given, from losses (S, n) and the solution of `select`."""
     segments, length = losses.shape
-    programs_a_row = programs(length, SELECT.block, segments, losses.device)
+    unit = unit_of(losses)
+    programs_a_row = programs(length, segments, STREAM, losses.device)
     pixel_weights_kernel[(segments * programs_a_row,)](
         losses,
         solution,
@@ -86,11 +91,12 @@ def pixel_weights(
         programs_a_row,
         grad_output.stride(0) if grad_output.ndim else 0,
         segments,
-        length,
+        length // unit,
         fraction_bits(length),
+        UNIT=unit,
         WRITE=weights is not None,
         SUM=totals is not None,
-        BLOCK=SELECT.block,
-        num_warps=SELECT.warps,
+        BLOCK=STREAM.block,
+        num_warps=STREAM.warps,
         enable_fp_fusion=True,
     )

@@ -25,8 +25,8 @@ class Compiled:
 
     registers: int
     """a thread."""
-    spills: int
-    """Bytes of local memory a thread; anything but 0 is a spill, since no kernel here uses local arrays."""
+    stack: int
+    """Bytes of local memory a thread."""
     shared: int
     """Bytes a CTA."""
     opcodes: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The same input gives the same bits: on every repeat, for every order of the programs, for every order of the pixels."""
+"""The same input gives the same bits: on every repeat, in every order of the programs and of the pixels."""
 
 import math
 
@@ -83,11 +83,12 @@ def test_tiling(rng, monkeypatch, device):
 
     values = torch.randn(2, 5000, device=device).exp()
     expected = solve(values)
-    for block, capacity, per_processor in ((256, 1 << 14, 3), (2048, 1 << 14, 8), (1024, 64, 1)):
-        config = configs.SELECT._replace(block=block, capacity=capacity)
-        for module in (configs, losses, select, weights):
+    for block, capacity, programs in ((256, 1 << 14, 3), (2048, 1 << 14, 8), (1024, 64, 1)):
+        for module in (configs, select):
+            config = configs.SelectConfig(block, 16, programs, capacity)
             monkeypatch.setattr(module, "SELECT", config)
-        monkeypatch.setattr(configs, "PROGRAMS_PER_SM", per_processor)
+        for module in (losses, weights):
+            monkeypatch.setattr(module, "STREAM", configs.StreamConfig(block, 4, programs))
         for got, want in zip(solve(values), expected, strict=True):
             assert torch.equal(got, want)
 
