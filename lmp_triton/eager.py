@@ -13,9 +13,12 @@ from .types import IGNORED, UNIFORM_PIVOT, PixelLosses, Pooling
 
 LOG2E = 1.4426950408889634
 
-CHUNK_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS = 1 << 20
 """Elements a CPU pass handles at a time: temporaries then stay in the cache instead of faulting in fresh pages, which
 costs more than the arithmetic (1.7× on the whole of forward and backward at (2,19,550,550) on two Zen cores)."""
+
+CHUNK_LOSSES = 1 << 16
+"""The same for losses, whose passes have more temporaries."""
 
 Q_CAP = {torch.float32: 2.0**40, torch.float64: 2.0**70}
 """Above it q changes nothing: two different losses differ by at least a rounding error, 2^-24 or 2^-53, and that to
@@ -30,11 +33,20 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _chunks(x: Tensor) -> int:
+def _on_host(x: Tensor) -> bool:
+    """Whether values may be looked at: not on another device (a sync), not while a graph is traced."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _chunks(x: Tensor, elements: int = CHUNK_ELEMENTS) -> int:
     """Into how many slices along the pixels, the last dimension, a pass over x is cut."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return 1
-    return max(1, min(x.shape[-1], x.numel() // CHUNK_ELEMENTS))
+    return max(1, min(x.shape[-1], x.numel() // elements)) if _on_host(x) else 1
+
+
+def _count(mask: Tensor) -> Tensor:
+    """How many entries of each row are True, (S,) int64. (PyTorch widens all of a bool tensor before it adds.)"""
+    counts = [piece.sum(1) for piece in mask.chunk(_chunks(mask, CHUNK_LOSSES), 1)]
+    return torch.stack(counts).sum(0)
 
 
 def _log2_ratio_near_(difference: Tensor, total: Tensor) -> Tensor:
@@ -69,33 +81,37 @@ def softmax_losses(
         weight: (C,) or None.
         segments: unused here; the kernels need it.
     """
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    classes, n_chunks = logits.shape[1], _chunks(logits)
-    labels = target.long()
-    valid = labels != ignore_index
-    bad = valid & ((labels < 0) | (labels >= classes))
-    labels = labels.clamp(0, classes - 1)
+    n_chunks = _chunks(logits)
+    slices = zip(logits.chunk(n_chunks, 2), target.chunk(n_chunks, 1), strict=True)
+    parts = [_softmax_losses(x, y, weight, ignore_index, label_smoothing) for x, y in slices]
+    losses, *saved = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
+    return PixelLosses(losses, tuple(saved))
 
-    peaks, totals, gaps, spreads = [], [], [], []
-    for x, y in zip(logits.chunk(n_chunks, 2), labels.chunk(n_chunks, 1), strict=True):
-        x = x.to(dtype)
-        peak = x.amax(1)
-        # A pixel whose classes are all −inf has no softmax: its loss becomes NaN, as it should.
-        total = _exp_(x - peak.unsqueeze(1)).sum(1)
-        peaks.append(peak)
-        totals.append(total)
-        gaps.append(peak - x.gather(1, y.unsqueeze(1)).squeeze(1))
-        if label_smoothing:
-            spread = (peak + total.log()).unsqueeze(1) - x
-            spreads.append((spread if weight is None else spread * weight.to(dtype)[:, None]).sum(1))
 
-    peak, total = torch.cat(peaks, 1), torch.cat(totals, 1)
-    losses = torch.cat(gaps, 1).add_(total.log())
+def _softmax_losses(
+    x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The losses of a slice of pixels, max_c x_c, Σ_c exp(x_c − max) and the labels, inside [0, C): each (N, L)."""
+    classes = x.shape[1]
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    label = target.long()
+    valid = label != ignore_index
+    good = (label >= 0) & (label < classes)
+    label = label.clamp(0, classes - 1)
+
+    peak = x.amax(1)
+    # A pixel whose classes are all −inf has no softmax: its loss becomes NaN, as it should.
+    total = _exp_(x - peak.unsqueeze(1)).sum(1)
+    losses = total.log().add_(peak - x.gather(1, label.unsqueeze(1)).squeeze(1))
     if weight is not None:
-        losses = losses * weight.to(dtype)[labels]
+        weight = weight.to(x.dtype)
+        losses = losses * weight[label]
     if label_smoothing:
-        losses = (1 - label_smoothing) * losses + (label_smoothing / classes) * torch.cat(spreads, 1)
-    return PixelLosses(_mark(losses, valid & ~bad, valid), (peak, total, labels))
+        gaps = (peak + total.log()).unsqueeze(1) - x
+        spread = (gaps if weight is None else gaps * weight[:, None]).sum(1)
+        losses = (1 - label_smoothing) * losses + (label_smoothing / classes) * spread
+    narrow = torch.int16 if classes <= 1 << 15 else torch.int32
+    return _mark(losses, good, valid), peak, total, label.to(narrow)
 
 
 def marked_losses(losses: Tensor, mask: Tensor | None, segments: int) -> PixelLosses:
@@ -129,7 +145,7 @@ def solve(pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, segment
     )
     q = torch.where(p == torch.inf, 1.0, p / (p - 1)).clamp_max(Q_CAP[dtype])
     exponent = (1 / (p - 1)).clamp_max(Q_CAP[dtype])
-    valid = (losses != IGNORED).sum(1)
+    valid = _count(losses != IGNORED)
     n = valid.to(wide)
     m = torch.minimum(ratio * n, n).clamp_min(1.0)
     tau = torch.where(valid > 0, torch.exp2(-(n.log2() / q + m.log2() / p)), 0.0)
@@ -144,10 +160,9 @@ def solve(pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, segment
     uniform = (valid > 0) & ((m >= n) | (q == 1))
     pivot = torch.where(uniform, UNIFORM_PIVOT, pivot)
     drop = torch.where(uniform, 0.0, drop)
-    tied = torch.where((drop == 0) & (pivot > 0), (losses == pivot.unsqueeze(1)).sum(1), 0)
-    over = losses > pivot.unsqueeze(1)
-    saturated = over.sum(1) + tied
-    heavy = torch.where(over, losses, 0.0).sum(1, dtype=wide)
+    tied = torch.where((drop == 0) & (pivot > 0), _count(losses == pivot.unsqueeze(1)), 0)
+    saturated = torch.where(uniform, valid, above + tied)
+    heavy = torch.where(losses > pivot.unsqueeze(1), losses, 0.0).sum(1, dtype=wide)
     loss = tau * (heavy + torch.where(uniform, 0.0, c * alpha))
     loss = torch.where(valid > 0, loss, 0.0)
 
@@ -175,33 +190,37 @@ def _search(losses: Tensor, m: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tenso
         q: (), in the wide type, capped.
 
     Returns:
-        Tensors of shape (S,): the pivot in the type of the losses, the count and the sum in the wide type.
+        Tensors of shape (S,): the pivot in the type of the losses, the count, int64, and the sum in the wide type.
     """
     integer, shift = (torch.int32, 31) if losses.dtype == torch.float32 else (torch.int64, 63)
     largest = torch.tensor(torch.finfo(losses.dtype).max, dtype=losses.dtype).view(integer).item()
-    edge_count, wide = 1 << BUCKETS_LOG2, m.dtype
-    column = torch.arange(edge_count, dtype=integer, device=losses.device)
+    segments, n = losses.shape
+    edge_count, wide, device = 1 << BUCKETS_LOG2, m.dtype, losses.device
+    column = torch.arange(edge_count, dtype=integer, device=device)
     # Fixed point: a power is at most 1, so this many fractional bits leave room for the sum of all of them.
-    scale = 2.0 ** (62 - losses.shape[1].bit_length())
+    scale = 2.0 ** (62 - n.bit_length())
     q_pixel = q.to(losses.dtype)
 
-    lo = torch.zeros(losses.shape[0], 1, dtype=integer, device=losses.device)
-    above = (losses > 0).sum(1, keepdim=True)
+    lo = torch.zeros(segments, 1, dtype=integer, device=device)
+    above = _count(losses > 0).unsqueeze(1)
     power_sum = torch.zeros_like(m).unsqueeze(1)
+    x, row = losses, torch.arange(segments, device=device).unsqueeze(1)
     while shift > 0:
         shift = max(0, shift - BUCKETS_LOG2)
-        counts = torch.zeros(losses.shape[0], edge_count + 1, dtype=torch.int64, device=losses.device)
-        powers = torch.zeros_like(counts)
-        for x in losses.chunk(_chunks(losses), 1):
+        sums = torch.zeros(2, segments * (edge_count + 1), dtype=torch.int64, device=device)
+        n_chunks = _chunks(x, CHUNK_LOSSES)
+        rows = row.chunk(n_chunks, -1) if row.ndim == 1 else [row] * n_chunks
+        for ell, r in zip(x.chunk(n_chunks, -1), rows, strict=False):
             # A loss goes to the first edge that is not below it: 0 if that is lo, K if it is beyond the last one. What
             # is computed for these two is not used, so it may be infinite or NaN. An ignored pixel goes with the zeros.
-            index = ((x.view(integer).clamp_min(0) - (lo + 1)) >> shift).add_(1).clamp_(0, edge_count)
-            edge = (index << shift).add_(lo).clamp_max_(largest).view(losses.dtype)
-            power = _log2_ratio_near_(x - edge, x + edge).mul_(q_pixel).exp2_().mul_(scale).to(torch.int64)
-            index = index.long()
-            powers.scatter_add_(1, index, power)
-            counts.scatter_add_(1, index, torch.ones_like(index))
-        powers, counts = powers[:, 1:-1], counts[:, 1:-1]
+            start = lo[r, 0]
+            index = (ell.view(integer).clamp_min(0).sub_(start + 1) >> shift).add_(1).clamp_(0, edge_count)
+            edge = (index << shift).add_(start).clamp_max_(largest).view(losses.dtype)
+            power = _log2_ratio_near_(ell - edge, ell + edge).mul_(q_pixel).exp2_().mul_(scale).to(torch.int64)
+            place = index.long().add_(r * (edge_count + 1)).flatten()
+            sums[0].scatter_add_(0, place, torch.ones_like(place))
+            sums[1].scatter_add_(0, place, power.flatten())
+        counts, powers = sums.view(2, segments, edge_count + 1)[:, :, 1:-1].unbind()
 
         edges = (lo + (column << shift)).clamp_max(largest).view(losses.dtype)
         above = torch.cat([above, above - counts.cumsum(1)], 1)
@@ -209,7 +228,10 @@ def _search(losses: Tensor, m: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tenso
         last = ((above + power_sum >= m.unsqueeze(1)).sum(1, keepdim=True) - 1).clamp_min(0)
         lo = lo + (last << shift).to(integer)
         above, power_sum = above.gather(1, last), power_sum.gather(1, last)
-    return lo.squeeze(1).view(losses.dtype), above.squeeze(1).to(wide), power_sum.squeeze(1)
+        if _on_host(losses):  # elsewhere the shapes stay, and the losses outside the bracket are counted once more
+            inside = (x.view(integer) - (lo[row, 0] + 1)) >> shift == 0
+            x, row = x[inside], row.expand_as(x)[inside]
+    return lo.squeeze(1).view(losses.dtype), above.squeeze(1), power_sum.squeeze(1)
 
 
 def _scan(sums: Tensor, edges: Tensor, q: Tensor) -> Tensor:
@@ -253,9 +275,13 @@ def pixel_weights(pixels: PixelLosses, solution: Tensor, grad_output: Tensor, dt
         grad_output: (S,) or ().
     """
     losses, step = pixels.losses.view(solution.shape[1], -1), solution[4].unsqueeze(1)
-    weights = relative_weights(losses, solution) * (step * grad_output.view(-1, 1))
-    # A NaN step (a poisoned segment) times 0 is NaN as well: ignored pixels are set last.
-    return torch.where(losses == IGNORED, 0.0, weights).view_as(pixels.losses).to(dtype)
+    scale = step * grad_output.view(-1, 1)
+    out = torch.empty_like(losses, dtype=dtype)
+    n_chunks = _chunks(losses, CHUNK_LOSSES)
+    for x, w in zip(losses.chunk(n_chunks, 1), out.chunk(n_chunks, 1), strict=True):
+        # A NaN scale (a poisoned segment) times 0 is NaN as well: ignored pixels are set last.
+        w.copy_((relative_weights(x, solution) * scale).masked_fill_(x == IGNORED, 0.0))
+    return out.view_as(pixels.losses)
 
 
 def logits_gradient(
@@ -276,7 +302,7 @@ def logits_gradient(
     hit = weights * (1 - label_smoothing)
     if weight is not None:
         weight = weight.to(dtype)
-        hit = hit * weight[labels]
+        hit = hit * weight[labels.long()]
     spread, share = hit, None
     if label_smoothing:
         weight = torch.ones(classes, dtype=dtype, device=logits.device) if weight is None else weight
@@ -292,7 +318,7 @@ def logits_gradient(
         d = torch.sub(x, top, out=out) if x.dtype == dtype else x.to(dtype) - top
         # A NaN or ∞ here is a bad logit. Of an ignored pixel it must not get through, but 0·NaN is NaN; of a valid
         # one it will get through, since its segment is poisoned and the factor NaN.
-        d = _exp_(d).nan_to_num_().mul_(a).scatter_add_(1, label, -b)
+        d = _exp_(d).nan_to_num_().mul_(a).scatter_add_(1, label.long(), -b)
         if share is not None:
             d.sub_(w * share[:, None])
         if d is not out:

