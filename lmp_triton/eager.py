@@ -15,7 +15,7 @@ LOG2E = 1.4426950408889634
 
 CHUNK_ELEMENTS = 1 << 20
 """Elements a CPU pass handles at a time: temporaries then stay in the cache instead of faulting in fresh pages, which
-costs more than the arithmetic (1.7× on the whole of forward and backward at (2,19,550,550) on two Zen cores)."""
+costs more than the arithmetic."""
 
 CHUNK_LOSSES = 1 << 16
 """The same for losses, whose passes have more temporaries."""
@@ -31,6 +31,11 @@ BUCKETS_LOG2 = 11
 def _wide(device: torch.device) -> torch.dtype:
     """The type for scalars of a segment: float64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _real(x: Tensor) -> torch.dtype:
+    """The type to compute in: float32, and float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _on_host(x: Tensor) -> bool:
@@ -84,39 +89,35 @@ def softmax_losses(
     n_chunks = _chunks(logits)
     slices = zip(logits.chunk(n_chunks, 2), target.chunk(n_chunks, 1), strict=True)
     parts = [_softmax_losses(x, y, weight, ignore_index, label_smoothing) for x, y in slices]
-    losses, *saved = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
-    return PixelLosses(losses, tuple(saved))
+    losses, labels = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
+    return PixelLosses(losses, (labels,))
 
 
 def _softmax_losses(
     x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The losses of a slice of pixels, max_c x_c, Σ_c exp(x_c − max) and the labels, inside [0, C): each (N, L)."""
+) -> tuple[Tensor, Tensor]:
+    """The losses of a slice of pixels and their labels, inside [0, C): each (N, L)."""
     classes = x.shape[1]
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     label = target.long()
     valid = label != ignore_index
     good = (label >= 0) & (label < classes)
     label = label.clamp(0, classes - 1)
 
-    peak = x.amax(1)
-    # A pixel whose classes are all −inf has no softmax: its loss becomes NaN, as it should.
-    total = _exp_(x - peak.unsqueeze(1)).sum(1)
-    losses = total.log().add_(peak - x.gather(1, label.unsqueeze(1)).squeeze(1))
+    log_softmax = x.to(_real(x)).log_softmax(1)
+    losses = -log_softmax.gather(1, label.unsqueeze(1)).squeeze(1)
     if weight is not None:
-        weight = weight.to(x.dtype)
+        weight = weight.to(losses.dtype)
         losses = losses * weight[label]
     if label_smoothing:
-        gaps = (peak + total.log()).unsqueeze(1) - x
-        spread = (gaps if weight is None else gaps * weight[:, None]).sum(1)
+        spread = -(log_softmax if weight is None else log_softmax * weight[:, None]).sum(1)
         losses = (1 - label_smoothing) * losses + (label_smoothing / classes) * spread
     narrow = torch.int16 if classes <= 1 << 15 else torch.int32
-    return _mark(losses, good, valid), peak, total, label.to(narrow)
+    return _mark(losses, good, valid), label.to(narrow)
 
 
 def marked_losses(losses: Tensor, mask: Tensor | None, segments: int) -> PixelLosses:
     """A user's own losses (N, L) in the form the solver takes; mask (N, L): True where valid."""
-    losses = losses.to(torch.float64 if losses.dtype == torch.float64 else torch.float32)
+    losses = losses.to(_real(losses))
     everywhere = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
     return PixelLosses(_mark(losses, everywhere, everywhere))
 
@@ -296,7 +297,7 @@ def logits_gradient(
 
     ∂ℓ/∂x_c = a·softmax_c − (1−ε)·v_y·[c = y] − (ε/C)·v_c with a = (1−ε)·v_y + (ε/C)·Σ_k v_k.
     """
-    peak, total, labels = pixels.saved
+    (labels,) = pixels.saved
     classes, n_chunks, dtype = logits.shape[1], _chunks(logits), pixels.losses.dtype
     weights = pixel_weights(pixels, solution, grad_output, dtype)
     hit = weights * (1 - label_smoothing)
@@ -310,17 +311,12 @@ def logits_gradient(
         spread = hit + weights * share.sum()
 
     grad = torch.empty_like(logits)
-    factor = torch.where(pixels.losses == IGNORED, 0.0, spread / total)
-    images = (peak, labels, factor, hit, weights)
-    pieces = (logits, grad, *(image.unsqueeze(1) for image in images))
-    for x, out, top, label, a, b, w in zip(*(piece.chunk(n_chunks, 2) for piece in pieces), strict=True):
-        # In float32 all arithmetic happens in the gradient itself; other types need one temporary a chunk.
-        d = torch.sub(x, top, out=out) if x.dtype == dtype else x.to(dtype) - top
-        # A NaN or ∞ here is a bad logit. Of an ignored pixel it must not get through, but 0·NaN is NaN; of a valid
-        # one it will get through, since its segment is poisoned and the factor NaN.
-        d = _exp_(d).nan_to_num_().mul_(a).scatter_add_(1, label.long(), -b)
-        if share is not None:
-            d.sub_(w * share[:, None])
-        if d is not out:
-            out.copy_(d)
+    images = (image.unsqueeze(1) for image in (labels, spread, hit, weights))
+    for x, out, label, a, b, w in zip(*(piece.chunk(n_chunks, 2) for piece in (logits, grad, *images)), strict=True):
+        d = x.to(dtype)
+        # NaN here comes of a bad logit. Of an ignored pixel it must not get through, but 0·NaN is NaN; of a valid one
+        # it will get through, since its segment is poisoned and the factor NaN. Elsewhere the sum is 1 at least.
+        d = _exp_(d - d.amax(1, keepdim=True)).nan_to_num_()
+        d = d.mul_(a / d.sum(1, keepdim=True).clamp_min_(1.0)).scatter_add_(1, label.long(), -b)
+        out.copy_(d if share is None else d.sub_(w * share[:, None]))
     return grad

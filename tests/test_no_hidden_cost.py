@@ -55,8 +55,8 @@ def test_memory_between_forward_and_backward(rng, backend, device):
         lmp_triton.loss_max_pooling(x, target, ignore_index=255, backend=backend)
     assert saved.pop(logits.untyped_storage().data_ptr())
     pixels = target.numel()
-    # Triton: losses and a byte for the label. Eager: losses, peak, sum and an int64 label.
-    assert sum(saved.values()) <= pixels * (5 if backend == "triton" else 20) + 1000
+    # Losses and a label: of one byte by Triton, of two by eager.
+    assert sum(saved.values()) <= pixels * (5 if backend == "triton" else 6) + 1000
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

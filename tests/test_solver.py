@@ -15,11 +15,11 @@ PS = (1.0, 1.000001, 1.0001, 1.01, 1.05, 1.3, 2.0, 50.0, 1e6, 1e8, math.inf)
 def distributions(rng):
     """Name and float32 losses; each shape is there for a way in which solvers go wrong."""
     yield "uniform", rng.random(700)
-    yield "lognormal", rng.lognormal(0, 1, 1500)
-    yield "heavy tail", rng.lognormal(0, 5, 1500)
-    yield "trained network", rng.exponential(1e-3, 1500) + (rng.random(1500) < 0.05) * rng.exponential(3, 1500)
-    yield "untrained network", 2.9 + 0.3 * rng.standard_normal(1500)
-    yield "ties", np.round(rng.exponential(1, 1500), 1)
+    yield "lognormal", rng.lognormal(0, 1, 700)
+    yield "heavy tail", rng.lognormal(0, 5, 700)
+    yield "trained network", rng.exponential(1e-3, 700) + (rng.random(700) < 0.05) * rng.exponential(3, 700)
+    yield "untrained network", 2.9 + 0.3 * rng.standard_normal(700)
+    yield "ties", np.round(rng.exponential(1, 700), 1)
     yield "two values", np.where(rng.random(600) < 0.3, 3.0, 0.5)
     yield "all equal", np.full(300, 0.7)
     yield "mostly zero", rng.exponential(1, 400) * (rng.random(400) < 0.1)
@@ -54,7 +54,7 @@ def check(losses, p, ratio, backend, device, tolerance=1e-6):
 @pytest.mark.parametrize("p", PS)
 def test_against_the_oracle(rng, backend, device, p):
     for name, losses in distributions(rng):
-        for ratio in (0.01, float(rng.uniform(0.05, 0.95)), 1.0):
+        for ratio in (0.01, float(rng.uniform(0.05, 1.0))):
             print(name, ratio)
             stats, expected = check(losses, p, ratio, backend, device)
             if p >= 1.05:  # below, α* may jump on a change of m in the last bit, the weights may not
