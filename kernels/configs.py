@@ -39,9 +39,10 @@ CHUNK = 10
 
 
 def pixel_config(classes: int) -> PixelConfig:
-    """The configuration for a number of classes: 4 pixels a thread, registers below 128 (compiled for sm_90)."""
+    """The configuration for a number of classes; `perf/static.py` shows the registers it comes to."""
     if classes <= WHOLE:
-        return PixelConfig(classes, 512, 4, 8)
+        # Above 24 classes, 4 pixels a thread would need more than 255 registers on sm_100: 2 then.
+        return PixelConfig(classes, 512 if classes <= 24 else 256, 4, 8)
     # A chunk that divides the classes wastes no loads; otherwise the last one is masked.
     chunk = next((size for size in range(CHUNK, 6, -1) if classes % size == 0), CHUNK)
     return PixelConfig(chunk, 512, 4, 8)

@@ -83,13 +83,12 @@ def solve(losses: ArrayLike, m: float, p: float) -> Solution:
     weights[saturated] = tau
     alpha = 0.0
     if peak > 0:  # line 11, with the powers taken relative to the largest loss that is not in J*
-        log_a = q * math.log(peak) + math.log(np.sum(_power(ell[below] / peak, q)))
-        log_alpha = (log_a - math.log(c)) / q
-        alpha = math.exp(log_alpha)
+        log_excess = (math.log(np.sum(_power(ell[below] / peak, q))) - math.log(c)) / q  # log(α/peak)
+        alpha = peak * math.exp(log_excess)
         # −∞/∞ at p = ∞ is overwritten just below.
         with np.errstate(divide="ignore", invalid="ignore"):
             # q − 1 = 1/(p − 1), without the cancellation.
-            weights[below] = tau * np.exp(np.minimum(np.log(ell[below]) - log_alpha, 0.0) / (p - 1))
+            weights[below] = tau * np.exp(np.minimum(np.log(ell[below] / peak) - log_excess, 0.0) / (p - 1))
     if m == n or q == 1:
         weights[:] = tau  # the uniform weights, zero losses included
     # αs are compared exactly where several losses tie at α, so a weight that is τ up to rounding counts as τ.
