@@ -5,7 +5,10 @@ Launches of one call: forward 3 (zeroing the workspace, losses, select), backwar
 
 from __future__ import annotations
 
+import functools
 import struct
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,11 +16,27 @@ from torch import Tensor
 from .kernels import configs, cross_entropy, gradient, losses, select, weights, workspace
 from .types import SOLUTION_ROWS, PixelLosses, Pooling
 
+P = ParamSpec("P")
+X = TypeVar("X", Tensor, PixelLosses)
+R = TypeVar("R")
+
+
+def _on_its_device(stage: Callable[Concatenate[X, P], R]) -> Callable[Concatenate[X, P], R]:
+    """Triton launches on the current device: make that the device of the first argument while a stage runs."""
+
+    @functools.wraps(stage)
+    def run(x: X, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(x if isinstance(x, Tensor) else x.losses):
+            return stage(x, *args, **kwargs)
+
+    return run
+
 
 def _workspace(segments: int, device: torch.device) -> Tensor:
     return torch.zeros(segments * workspace.WORDS.value + 1, dtype=torch.int64, device=device)
 
 
+@_on_its_device
 def softmax_losses(
     logits: Tensor,
     target: Tensor,
@@ -42,6 +61,7 @@ def softmax_losses(
     return PixelLosses(pixel_losses, (labels,) if nll is None else (labels, nll), statistics)
 
 
+@_on_its_device
 def marked_losses(values: Tensor, mask: Tensor | None, segments: int) -> PixelLosses:
     """See `eager.marked_losses`."""
     statistics = _workspace(segments, values.device)
@@ -50,6 +70,7 @@ def marked_losses(values: Tensor, mask: Tensor | None, segments: int) -> PixelLo
     return PixelLosses(pixel_losses, (), statistics)
 
 
+@_on_its_device
 def solve(pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, segments: int, reduction: str) -> Pooling:
     """See `eager.solve`."""
     device = pixels.losses.device
@@ -78,6 +99,7 @@ def _parameter(x: float | Tensor) -> int | Tensor:
     return x.double() if isinstance(x, Tensor) else struct.unpack("<q", struct.pack("<d", x))[0]
 
 
+@_on_its_device
 def total_weight(pixels: PixelLosses, solution: Tensor) -> Tensor:
     """See `eager.total_weight`."""
     segments, device = solution.shape[1], solution.device
@@ -87,6 +109,7 @@ def total_weight(pixels: PixelLosses, solution: Tensor) -> Tensor:
     return (totals.double() * 2.0 ** -configs.fraction_bits(rows.shape[1]) * solution[1]).float()
 
 
+@_on_its_device
 def pixel_weights(pixels: PixelLosses, solution: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
     """See `eager.pixel_weights`."""
     out = torch.empty_like(pixels.losses, dtype=dtype)
@@ -95,6 +118,7 @@ def pixel_weights(pixels: PixelLosses, solution: Tensor, grad_output: Tensor, dt
     return out
 
 
+@_on_its_device
 def logits_gradient(
     logits: Tensor,
     pixels: PixelLosses,
