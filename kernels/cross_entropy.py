@@ -103,7 +103,7 @@ def softmax_losses_kernel(
     """
     image = (tl.program_id(0) // programs_a_row).to(tl.int64)
     pixels = pixels * UNIT
-    class_stride = class_stride * UNIT
+    class_stride = tl.cast(class_stride, tl.int64) * UNIT
     logits += image * image_stride * UNIT
     target += image * target_image_stride
     row = image * pixels
@@ -153,7 +153,8 @@ def softmax_losses_kernel(
         if HAS_WEIGHT:
             loss *= tl.load(weight + label, mask=inside, other=0.0).to(tl.float32)
         if SMOOTH:
-            spread = weight_sum * minus_log_softmax - dot
+            # Never negative, but for the rounding of this difference.
+            spread = tl.maximum(weight_sum * minus_log_softmax - dot, 0.0, propagate_nan=tl.PropagateNan.ALL)
             loss = (1 - smoothing) * loss + (smoothing / CLASSES) * spread
         loss = poison(loss, good)
 

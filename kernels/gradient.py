@@ -83,8 +83,8 @@ def logits_gradient_kernel(
     segment = image if PER_IMAGE else image * 0
     pivot, drop, exponent, scale = segment_scale(solution, grad_output, grad_output_stride, segments, segment)
     pixels = pixels * UNIT
-    class_stride = class_stride * UNIT
-    grad_class_stride = grad_class_stride * UNIT
+    class_stride = tl.cast(class_stride, tl.int64) * UNIT
+    grad_class_stride = tl.cast(grad_class_stride, tl.int64) * UNIT
 
     start = program % tiles * BLOCK
     within = tl.arange(0, BLOCK)

@@ -36,8 +36,8 @@ def mark_losses_kernel(
     length and the row strides are in units of UNIT elements, see `configs.unit_of`.
     """
     length = length * UNIT
-    row_stride = row_stride * UNIT
-    mask_row_stride = mask_row_stride * UNIT
+    row_stride = tl.cast(row_stride, tl.int64) * UNIT
+    mask_row_stride = tl.cast(mask_row_stride, tl.int64) * UNIT
     row = (tl.program_id(0) // programs_a_row).to(tl.int64)
     maximum = tl.zeros([BLOCK], tl.int32)
     count = tl.zeros([BLOCK], tl.int32)

@@ -24,19 +24,27 @@ def bits_float(bits):
 
 
 @triton.jit
+def exponent_bits(x):
+    """The biased exponent of x ≥ 0 (float32), kept where its `normaliser` is a normal number."""
+    return tl.minimum(tl.maximum(float_bits(x) >> 23, 1), 253)
+
+
+@triton.jit
 def normaliser(x):
     """The power of two that brings x > 0 (float32) near 1: dividing by the maximum, without a rounding error."""
-    exponent = tl.minimum(tl.maximum(float_bits(x) >> 23, 1), 253)
-    return bits_float((254 - exponent) << 23)
+    return bits_float((254 - exponent_bits(x)) << 23)
 
 
 @triton.jit
 def log2_ratio(x, t):
-    """log2(x/t) for 0 ≤ x ≤ t, to a few units in the last place wherever it is near 0.
+    """log2(x/t) for 0 ≤ x ≤ t, to a few units in the last place wherever it is near 0; no under- or overflow.
 
     For x > t/2: log(x/t) = 2·atanh(z), z = (x − t)/(x + t), whose numerator is exact. |z| ≤ 1/3, so eight terms do.
     """
-    z = (x - t) / (x + t)
+    norm = normaliser(t)
+    t_near_1 = t * norm
+    x_same = x * norm
+    z = (x_same - t_near_1) / (x_same + t_near_1)
     y = z * z
     series = 1.0 / 13 + y * (1.0 / 15)
     series = 1.0 / 11 + y * series
@@ -45,7 +53,8 @@ def log2_ratio(x, t):
     series = 1.0 / 5 + y * series
     series = 1.0 / 3 + y * series
     near = (2 * LOG2E) * (z + z * y * series)
-    return tl.where(x > 0.5 * t, near, tl.log2(x / t))
+    far = tl.log2(x * normaliser(x) / t_near_1) + (exponent_bits(x) - exponent_bits(t)).to(tl.float32)
+    return tl.where(x > 0.5 * t, near, far)
 
 
 @triton.jit
@@ -56,8 +65,8 @@ def power(x, t, q):
 
 @triton.jit
 def to_fixed(x, fraction_bits):
-    """x ≥ 0 (float32) as an integer multiple of 2^-fraction_bits: sums of these do not depend on their order."""
-    return (x * bits_float((fraction_bits + 127) << 23)).to(tl.int64)
+    """x ≥ 0 (float32), rounded to a multiple of 2^-fraction_bits: sums of these do not depend on their order."""
+    return (x * bits_float((fraction_bits + 127) << 23) + 0.5).to(tl.int64)
 
 
 @triton.jit

@@ -66,9 +66,8 @@ def bracket_from_histogram(segment_workspace, n, max_bits, m, q):
     upper = tl.where(bins == BINS - 1, INF_BITS - 1, ((bins + FIRST_BIN + 1) << BIN_SHIFT) - 1)
     lower = tl.minimum(lower, max_bits)
     upper = tl.minimum(upper, max_bits)
-    norm = normaliser(bits_float(max_bits))
-    low = bits_float(lower) * norm
-    high = bits_float(upper) * norm
+    low = bits_float(lower)
+    high = bits_float(upper)
     count = counts.to(tl.float32)
 
     # Rows: the bin whose upper edge is the threshold t. Columns: the bins that add to R(t).
@@ -96,11 +95,11 @@ def root_of_piece(t, above, power_sum, m, q):
 
 
 @triton.jit
-def evaluate(source, length, lo, hi, thresholds, norm, q, fraction_bits, BLOCK: tl.constexpr):
+def evaluate(source, length, lo, hi, thresholds, q, fraction_bits, BLOCK: tl.constexpr):
     """For each of the thresholds (bit patterns): how many losses of the bracket lie above, Σ (ℓ/t)^q of the others."""
     above = tl.zeros([THRESHOLDS], tl.int64)
     powers = tl.zeros([THRESHOLDS], tl.int64)
-    t = (bits_float(thresholds) * norm)[:, None]
+    t = bits_float(thresholds)[:, None]
     for start in range(0, length, BLOCK):
         index = start + tl.arange(0, BLOCK)
         # .cg: other programs wrote the list, and the first-level cache is not coherent.
@@ -109,7 +108,7 @@ def evaluate(source, length, lo, hi, thresholds, norm, q, fraction_bits, BLOCK: 
         in_bracket = (bits > lo) & (bits <= hi)
         over = in_bracket[None, :] & (bits[None, :] > thresholds[:, None])
         under = in_bracket[None, :] & (bits[None, :] <= thresholds[:, None])
-        share = to_fixed(power(tl.minimum((x * norm)[None, :], t), t, q), fraction_bits)
+        share = to_fixed(power(tl.minimum(x[None, :], t), t, q), fraction_bits)
         above += tl.sum(over.to(tl.int64), 1)
         powers += tl.sum(tl.where(under, share, 0), 1)
     return above, powers
@@ -130,7 +129,7 @@ def heaviest(source, length, lo, hi, pivot, norm, fraction_bits, BLOCK: tl.const
     return tl.sum(total, 0), tl.sum(ties, 0)
 
 
-@triton.jit(do_not_specialize=["p", "ratio", "programs_a_row", "length", "fraction_bits", "segments"])
+@triton.jit(do_not_specialize=["p", "ratio", "programs_a_row", "length", "capacity", "fraction_bits", "segments"])
 def select_kernel(
     losses,
     short_list,
@@ -143,18 +142,18 @@ def select_kernel(
     ratio,
     programs_a_row,
     length,
+    capacity,
     fraction_bits,
     segments,
     P_IS_TENSOR: tl.constexpr,
     RATIO_IS_TENSOR: tl.constexpr,
     REDUCTION: tl.constexpr,
     UNIT: tl.constexpr,
-    CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Solve every segment; grid S × programs, which stride over the tiles.
 
-    Reads   losses (S, n) float32 once, then the short list (S, CAPACITY), or the losses again, once a round by one
+    Reads   losses (S, n) float32 once, then the short list (S, capacity), or the losses again, once a round by one
             program; workspace: the statistics of stage one.
     Writes  solution (6, S) float32: α*, τ, pivot, drop, step, q − 1; loss (S,) float32; counts (2, S) int64: valid,
             saturated; value () float32: the reduced loss. lmp_triton.types.Pooling says what they mean.
@@ -164,7 +163,7 @@ def select_kernel(
     length = length * UNIT
     segment = (tl.program_id(0) // programs_a_row).to(tl.int64)
     losses += segment * length
-    short_list += segment * CAPACITY
+    short_list += segment * capacity
     here = workspace + segment * WORDS
     p = load_scalar(p, P_IS_TENSOR)
     ratio = load_scalar(ratio, RATIO_IS_TENSOR)
@@ -179,7 +178,7 @@ def select_kernel(
     norm = normaliser(bits_float(max_bits))
 
     bracket_lo, bracket_hi = bracket_from_histogram(here, n, tl.minimum(max_bits, INF_BITS - 1), m, q32)
-    low = bits_float(bracket_lo) * norm
+    low = bits_float(bracket_lo)
 
     below = tl.zeros([BLOCK], tl.int64)
     above = tl.zeros([BLOCK], tl.int32)
@@ -191,15 +190,14 @@ def select_kernel(
         is_below = (bits > 0) & (bits <= bracket_lo)
         is_above = bits > bracket_hi
         is_listed = (bits > bracket_lo) & (bits <= bracket_hi)
-        xn = x * norm
-        below += tl.where(is_below, to_fixed(power(tl.minimum(xn, low), low, q32), fraction_bits), 0)
+        below += tl.where(is_below, to_fixed(power(tl.minimum(x, low), low, q32), fraction_bits), 0)
         above += is_above.to(tl.int32)
-        above_sum += tl.where(is_above & (bits < INF_BITS), to_fixed(xn, fraction_bits - 2), 0)
+        above_sum += tl.where(is_above & (bits < INF_BITS), to_fixed(x * norm, fraction_bits - 2), 0)
         rank = tl.cumsum(is_listed.to(tl.int32), 0)
         found = tl.max(rank, 0)
         if found > 0:
             slot = tl.atomic_add(here + LISTED, found.to(tl.int64), sem="relaxed") + rank - 1
-            tl.store(short_list + slot, x, mask=is_listed & (slot < CAPACITY))
+            tl.store(short_list + slot, x, mask=is_listed & (slot < capacity))
     tl.atomic_add(here + BELOW_POWERS, tl.sum(below, 0), sem="relaxed")
     tl.atomic_add(here + ABOVE_COUNT, tl.sum(above, 0).to(tl.int64), sem="relaxed")
     tl.atomic_add(here + ABOVE_SUM, tl.sum(above_sum, 0), sem="relaxed")
@@ -213,7 +211,7 @@ def select_kernel(
         outside = tl.atomic_add(here + ABOVE_COUNT, 0, sem="relaxed")
         base = from_fixed(tl.atomic_add(here + BELOW_POWERS, 0, sem="relaxed"), fraction_bits)
         heavy = tl.atomic_add(here + ABOVE_SUM, 0, sem="relaxed")
-        fits = listed <= CAPACITY
+        fits = listed <= capacity
         source = tl.where(fits, short_list, losses)
         size = tl.where(fits, listed, length.to(tl.int64)).to(tl.int32)
 
@@ -241,10 +239,10 @@ def select_kernel(
             t = tl.where(k == 0, newton + NUDGE, tl.where(k == 1, newton - NUDGE, tl.where(k == 2, chord, middle)))
             t = tl.minimum(tl.maximum(t, lo + 1), hi - 1)
 
-            over, powers = evaluate(source, size, bracket_lo, bracket_hi, t, norm, q32, fraction_bits, BLOCK)
+            over, powers = evaluate(source, size, bracket_lo, bracket_hi, t, q32, fraction_bits, BLOCK)
             over += outside
-            tn = bits_float(t) * norm
-            carried = tl.where(bracket_lo > 0, power(tl.minimum(low, tn), tn, q32), 0.0)
+            at = bits_float(t)
+            carried = tl.where(bracket_lo > 0, power(tl.minimum(low, at), at, q32), 0.0)
             sums = base * carried.to(tl.float64) + from_fixed(powers, fraction_bits)
             is_lo = over.to(tl.float64) + sums >= m
             new_lo = tl.maximum(lo, tl.max(tl.where(is_lo, t, 0), 0))
@@ -353,13 +351,13 @@ def select(
         ratio,
         programs_a_row,
         length // unit,
+        short_list.shape[1],
         fraction_bits(length),
         segments,
         P_IS_TENSOR=isinstance(p, Tensor),
         RATIO_IS_TENSOR=isinstance(ratio, Tensor),
         REDUCTION=reduction,
         UNIT=unit,
-        CAPACITY=SELECT.capacity,
         BLOCK=SELECT.block,
         num_warps=SELECT.warps,
         enable_fp_fusion=True,

@@ -5,14 +5,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import STREAM, fraction_bits, programs, unit_of
-from .numerics import log2_ratio, normaliser, to_fixed
+from .numerics import log2_ratio, to_fixed
 
 
 @triton.jit
 def relative_weight(loss, pivot, drop, exponent):
     """w*/τ of a loss (Theorem 1): 1 above the pivot, 2^((q−1)·log2(ℓ/pivot) − drop) up to it, 0 if ignored."""
-    norm = normaliser(pivot)
-    below = tl.exp2(exponent * log2_ratio(tl.minimum(loss, pivot) * norm, pivot * norm) - drop)
+    below = tl.exp2(exponent * log2_ratio(tl.minimum(loss, pivot), pivot) - drop)
     below = tl.where(loss >= 0, below, 0.0)
     below = tl.where(pivot > 0, below, 0.0)  # apart: the interpreter cannot & a block with a float comparison
     return tl.where(loss > pivot, 1.0, below)

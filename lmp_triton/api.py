@@ -72,7 +72,7 @@ def loss_max_pooling(
         logits, target = logits.t().unsqueeze(0), target.unsqueeze(0)
     else:
         logits, target = logits.flatten(2), target.flatten(1)
-    backend = dispatch.choose(logits, backend, solver)
+    backend = dispatch.choose(logits, backend, solver, segments)
     if not target.numel():
         return _nothing(logits, segments, reduction, return_stats)
     options = Options(backend, segments, reduction, ignore_index, float(label_smoothing))
@@ -112,7 +112,7 @@ def pool_losses(
     checks.losses_and_mask(losses, mask, scope)
     segments = losses.shape[0] if scope == "image" else 1
     losses, mask = _rows(losses), None if mask is None else _rows(mask)
-    backend = dispatch.choose(losses, backend, solver)
+    backend = dispatch.choose(losses, backend, solver, segments)
     if not losses.numel():
         return _nothing(losses, segments, reduction, return_stats)
     outputs = FromLosses.apply(losses, mask, p, ratio, Options(backend, segments, reduction))
@@ -142,7 +142,7 @@ def optimal_weights(
     segments = losses.shape[0] if scope == "image" else 1
     shape, dtype = losses.shape, torch.promote_types(losses.dtype, torch.float32)
     losses, mask = _rows(losses), None if mask is None else _rows(mask)
-    backend = dispatch.choose(losses, backend, solver)
+    backend = dispatch.choose(losses, backend, solver, segments)
     if not losses.numel():
         return losses.detach().to(dtype).view(shape), _no_stats(losses, segments)
     stages = dispatch.module(backend)

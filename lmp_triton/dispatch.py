@@ -20,14 +20,17 @@ VARIABLE = "LMP_TRITON_BACKEND"
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_CLASSES = 1024
 MAX_PIXELS = 2**31 - 2**16
-"""Pixels of an image (losses of a segment) that 32-bit offsets inside a row reach."""
+"""Losses of a segment that 32-bit offsets inside it reach."""
+MAX_STRIDE = 2**20
+"""Elements from one pixel to the next that 32-bit offsets inside a tile reach; channels_last has C."""
 
 
-def choose(values: Tensor, backend: str = "auto", solver: str = "auto") -> str:
+def choose(values: Tensor, backend: str = "auto", solver: str = "auto", segments: int | None = None) -> str:
     """The backend that will serve a call on `values`: "triton" or "eager".
 
     Args:
-        values: the logits (N, C, L) or the losses (S, n).
+        values: the logits (N, C, L) or the losses (N, L).
+        segments: N, or 1 if all rows are pooled together; None: N.
         backend: "auto" takes Triton on a CUDA GPU where it can serve, else eager. `LMP_TRITON_BACKEND` replaces
             "auto"; a name in the call wins over it.
         solver: "auto" and "select"; "sort" is not built yet.
@@ -47,11 +50,11 @@ def choose(values: Tensor, backend: str = "auto", solver: str = "auto") -> str:
         if backend not in BACKENDS:
             raise ValueError(f"the environment variable {VARIABLE} must be one of {BACKENDS}, got {backend!r}")
     if backend == "triton":
-        reason = obstacle(values)
+        reason = obstacle(values, segments)
         if reason:
             raise ValueError(f'backend="triton" cannot serve this call: {reason}')
     elif backend == "auto":
-        backend = "triton" if values.device.type == "cuda" and not obstacle(values) else "eager"
+        backend = "triton" if values.device.type == "cuda" and not obstacle(values, segments) else "eager"
         # Nobody has run the kernels on AMD yet: there they are used when asked for by name.
         if torch.version.hip:
             backend = "eager"
@@ -60,7 +63,7 @@ def choose(values: Tensor, backend: str = "auto", solver: str = "auto") -> str:
     return backend
 
 
-def obstacle(values: Tensor) -> str | None:
+def obstacle(values: Tensor, segments: int | None = None) -> str | None:
     """Why the kernels can't take `values`, or None if they can."""
     if not has_triton():
         return "Triton is not installed (it exists for Linux only)"
@@ -68,8 +71,11 @@ def obstacle(values: Tensor) -> str | None:
         return f"it takes float16, bfloat16 and float32, not {values.dtype}"
     if values.ndim == 3 and values.shape[1] > MAX_CLASSES:
         return f"it takes up to {MAX_CLASSES} classes, not {values.shape[1]}"
-    if values.shape[-1] > MAX_PIXELS:
-        return f"it takes up to {MAX_PIXELS} elements a row, not {values.shape[-1]}"
+    length = values.shape[-1] * (values.shape[0] if segments == 1 else 1)
+    if length > MAX_PIXELS:
+        return f"it takes up to {MAX_PIXELS} losses a segment, not {length}"
+    if values.stride(-1) > MAX_STRIDE:
+        return f"it takes pixels up to {MAX_STRIDE} elements apart, not {values.stride(-1)}"
     if torch.compiler.is_compiling():
         return "the kernels are not registered as operators for torch.compile yet"
     if values.device.type == "cpu" and not interpreting():

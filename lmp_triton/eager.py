@@ -253,9 +253,10 @@ def relative_weights(losses: Tensor, solution: Tensor) -> Tensor:
     """w*/τ of every loss, (S, n): 1 above the pivot, 2^((q−1)·log2(ℓ/pivot) − drop) up to it, 0 where ignored."""
     _, _, pivot, drop, _, exponent = solution.unsqueeze(2).unbind()
     ratio = losses / pivot
-    # Near 1 the logarithm comes from the difference, which is exact; further down from the ratio.
+    # Near 1 the logarithm comes from the difference, which is exact; further down from the ratio, while there is one.
     near = _log2_ratio_near_(losses - pivot, losses + pivot)
-    log2_ratio = torch.where(ratio > 0.5, near, ratio.log2())
+    far = torch.where(ratio > 1e-30, ratio.log2(), losses.log2() - pivot.log2())
+    log2_ratio = torch.where(ratio > 0.5, near, far)
     below = torch.where((losses >= 0) & (pivot > 0), torch.exp2(exponent * log2_ratio - drop), 0.0)
     return torch.where(losses > pivot, 1.0, below)
 

@@ -13,7 +13,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .kernels import configs, cross_entropy, gradient, losses, select, weights, workspace
+from .kernels import configs, cross_entropy, gradient, select, weights, workspace
+from .kernels import losses as own_losses
 from .types import SOLUTION_ROWS, PixelLosses, Pooling
 
 P = ParamSpec("P")
@@ -66,7 +67,7 @@ def marked_losses(values: Tensor, mask: Tensor | None, segments: int) -> PixelLo
     """See `eager.marked_losses`."""
     statistics = _workspace(segments, values.device)
     pixel_losses = torch.empty(values.shape, dtype=torch.float32, device=values.device)
-    losses.mark_losses(values, mask, pixel_losses, statistics)
+    own_losses.mark_losses(values, mask, pixel_losses, statistics)
     return PixelLosses(pixel_losses, (), statistics)
 
 
@@ -75,13 +76,15 @@ def solve(pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, segment
     """See `eager.solve`."""
     device = pixels.losses.device
     assert pixels.statistics is not None
-    short_list = torch.empty(segments * configs.SELECT.capacity, dtype=torch.float32, device=device)
+    losses = pixels.losses.view(segments, -1)
+    capacity = min(configs.SELECT.capacity, losses.shape[1])
+    short_list = torch.empty(segments, capacity, dtype=torch.float32, device=device)
     solution = torch.empty(len(SOLUTION_ROWS), segments, dtype=torch.float32, device=device)
     loss = torch.empty(segments, dtype=torch.float32, device=device)
     counts = torch.empty(2, segments, dtype=torch.int64, device=device)
     value = loss if reduction == "none" else torch.empty((), dtype=torch.float32, device=device)
     select.select(
-        pixels.losses.view(segments, -1),
+        losses,
         short_list,
         pixels.statistics,
         solution,

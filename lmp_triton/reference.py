@@ -91,8 +91,10 @@ def solve(losses: ArrayLike, m: float, p: float) -> Solution:
             weights[below] = tau * np.exp(np.minimum(np.log(ell[below] / peak) - log_excess, 0.0) / (p - 1))
     if m == n or q == 1:
         weights[:] = tau  # the uniform weights, zero losses included
-    # αs are compared exactly where several losses tie at α, so a weight that is τ up to rounding counts as τ.
-    count = int(np.sum(weights >= tau * (1 - 1e-12)))
+    # A loss at α has the weight τ as well; α carries a rounding error, so it is compared up to one. (Comparing weights
+    # would not do: for q − 1 = 1e-8 all of them are close to τ.)
+    at_alpha = (ell[below] >= alpha * (1 - 1e-12)) & (ell[below] > 0)
+    count = n if m == n or q == 1 else saturated.size + int(at_alpha.sum())
     loss = math.fsum(weights * ell)
     return Solution(alpha, tau, count, weights, loss)
 
@@ -116,7 +118,8 @@ def _first_saturated(ascending: NDArray[np.float64], m: float, q: float) -> int:
             continue
         # Where the step is small its logarithm comes from the difference, which is exact.
         step = (previous - value) / value
-        total = total * math.exp(q * math.log1p(step)) + 1.0 if previous > 0 else 1.0
+        log_ratio = math.log1p(step) if step > -0.5 else math.log(previous) - math.log(value) if previous else -math.inf
+        total = total * math.exp(q * log_ratio) + 1.0
         previous = value
         # Ties count together: η at a value sees every loss that does not exceed it.
         if (i + 1 == n or ascending[i + 1] > value) and m - n + i + 1 > total:

@@ -118,7 +118,7 @@ def mark_losses(dtype: str = "fp32", *, masked: bool = True, unit: int = 4) -> L
 
 def select_threshold(reduction: str = "mean", *, tensors: bool = False, unit: int = 4) -> Launch:
     """tensors: p and ratio are read on the device."""
-    names = ("programs_a_row", "length", "fraction_bits", "segments")
+    names = ("programs_a_row", "length", "capacity", "fraction_bits", "segments")
     signature = dict.fromkeys(names, "i32") | {
         "losses": "*fp32",
         "short_list": "*fp32",
@@ -135,7 +135,6 @@ def select_threshold(reduction: str = "mean", *, tensors: bool = False, unit: in
         "RATIO_IS_TENSOR": tensors,
         "REDUCTION": reduction,
         "UNIT": unit,
-        "CAPACITY": SELECT.capacity,
         "BLOCK": SELECT.block,
     }
     return Launch(select.select_kernel, signature, constants, SELECT.warps, SELECT.block)

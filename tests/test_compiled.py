@@ -46,4 +46,4 @@ def test_width_of_loads(table):
 def test_instructions_a_pixel(table):
     """About 480 are free at 3 TB/s on an H100 (an estimate of the design); the bounds sit a little above today's."""
     assert table.loc["softmax_losses bf16 C=19", "a pixel"] < 340
-    assert table.loc["logits_gradient bf16 C=19", "a pixel"] < 400
+    assert table.loc["logits_gradient bf16 C=19", "a pixel"] < 440

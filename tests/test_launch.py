@@ -69,6 +69,10 @@ def test_no_new_kernel_for_a_new_value(rng, device):
 
     run(1.3, 0.25, 255, (2, 32, 32))
     before = compiled()
-    for arguments in ((1.0, 1.0, -1, (2, 32, 32)), (1.7, 0.1, -100, (3, 48, 64)), (float("inf"), 0.5, 254, (5, 64, 80))):
+    for arguments in (
+        (1.0, 1.0, -1, (2, 32, 32)),
+        (1.7, 0.1, -100, (3, 48, 64)),
+        (float("inf"), 0.5, 254, (5, 64, 80)),
+    ):
         run(*arguments)
     assert compiled() == before

@@ -83,7 +83,8 @@ def test_optimality(rng, p):
             assert loss == pytest.approx(weights @ ell, rel=1e-13)
             assert loss >= ell.mean() * (1 - 1e-12)
             assert dual_value(ell, m, p, alpha) == pytest.approx(loss, rel=1e-12)
-            assert saturated == np.sum(weights >= tau * (1 - 1e-12))
+            if p < 1e3:  # beyond, weights far below α are τ but for rounding
+                assert saturated == np.sum(weights >= tau * (1 - 1e-12))
 
 
 def test_the_mean(rng):

@@ -29,6 +29,8 @@ def distributions(rng):
     yield "thirty orders of magnitude", 10.0 ** -rng.uniform(0, 30, 600)
     yield "large", rng.lognormal(80, 1, 400)
     yield "denormal", rng.random(200) * 1e-40
+    yield "fifty orders", np.concatenate([[1e30], np.repeat([1e-20, 2e-20, 3e-20], 3)])
+    yield "a maximum far off", np.append(3e-12 * np.arange(1, 30), 1e38)
 
 
 def check(losses, p, ratio, backend, device, tolerance=1e-6):
