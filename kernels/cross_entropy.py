@@ -44,6 +44,18 @@ def load_classes(logits, offsets, first, class_stride, inside, COUNT: tl.constex
 
 
 @triton.jit
+def add_to_softmax(peak, total, xs, COUNT: tl.constexpr):
+    """max x and Σ exp(x − max) with COUNT more classes: the step of the online softmax."""
+    before = peak
+    for i in tl.static_range(COUNT):
+        peak = tl.maximum(peak, xs[i])
+    total = total * tl.exp2((before - peak) * LOG2E)
+    for i in tl.static_range(COUNT):
+        total += tl.exp2((xs[i] - peak) * LOG2E)
+    return peak, total
+
+
+@triton.jit
 def class_weight(weight, c, HAS_WEIGHT: tl.constexpr, CLASSES: tl.constexpr):
     """v_c; 1 without weights, and 0 or 1 past the last class, where nobody uses it."""
     v = 1.0
@@ -135,12 +147,7 @@ def softmax_losses_kernel(
         dot = tl.zeros([BLOCK], tl.float32)  # Σ_k v_k·(x_k − x_label)
         for first in range(0, CLASSES, CHUNK):
             xs = load_classes(tile_logits, offsets, first, class_stride, inside, CHUNK, CLASSES)
-            before = peak
-            for i in tl.static_range(CHUNK):
-                peak = tl.maximum(peak, xs[i])
-            total = total * tl.exp2((before - peak) * LOG2E)
-            for i in tl.static_range(CHUNK):
-                total += tl.exp2((xs[i] - peak) * LOG2E)
+            peak, total = add_to_softmax(peak, total, xs, CHUNK)
             if SMOOTH:
                 for i in tl.static_range(CHUNK):
                     v = class_weight(weight, first + i, HAS_WEIGHT, CLASSES)

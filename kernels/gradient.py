@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import pixel_config, unit_of
-from .cross_entropy import LOWEST, class_weight, load_classes, sum_of_weights, within_classes
+from .cross_entropy import LOWEST, add_to_softmax, class_weight, load_classes, sum_of_weights, within_classes
 from .numerics import LOG2E
 from .weights import relative_weight, segment_scale
 
@@ -31,12 +31,7 @@ def softmax_base(tile_logits, offsets, class_stride, inside, CLASSES: tl.constex
     total = tl.zeros(inside.shape, tl.float32)
     for first in range(0, CLASSES, CHUNK):
         xs = load_classes(tile_logits, offsets, first, class_stride, inside, CHUNK, CLASSES)
-        before = peak
-        for i in tl.static_range(CHUNK):
-            peak = tl.maximum(peak, xs[i])
-        total = total * tl.exp2((before - peak) * LOG2E)
-        for i in tl.static_range(CHUNK):
-            total += tl.exp2((xs[i] - peak) * LOG2E)
+        peak, total = add_to_softmax(peak, total, xs, CHUNK)
     return peak, tl.log2(total)
 
 
