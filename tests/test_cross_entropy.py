@@ -30,6 +30,10 @@ def mean_of_segments(losses, valid, scope):
     return means.sum() / (counts > 0).sum().clamp_min(1)
 
 
+ROUNDING = 2.0**-21
+"""What float32 arithmetic leaves of logits of a few units, absolute: a softmax near 1 less 1 has no relative accuracy."""
+
+
 def compare(a, b, rtol, atol=0.0):
     torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=atol)
 
@@ -52,11 +56,12 @@ def test_ratio_1(rng, backend, device, classes, weighted, smoothing, scope):
     b = logits.double().requires_grad_()
     options["weight"] = weight if weight is None else weight.double()
     losses = F.cross_entropy(b, target.long(), reduction="none", **options)
+    losses.retain_grad()
     expected = mean_of_segments(losses, target != 255, scope)
-    compare(loss, expected, 2e-6)
+    compare(loss, expected, 2e-6, 4 * ROUNDING)
     loss.backward()
     expected.backward()
-    compare(a.grad, b.grad, 1e-5, 2e-7 * b.grad.abs().max().item())
+    compare(a.grad, b.grad, 1e-5, 2 * ROUNDING * losses.grad.max().item())  # 2: the largest class weight
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -75,9 +80,13 @@ def test_against_float64(rng, backend, device, shape, p, ratio):
             (loss * torch.arange(1, loss.numel() + 1, device=device).view_as(loss)).sum().backward()
             reductions.append((loss.detach(), x.grad.clone()))
             x.grad = None
+    stats = lmp_triton.loss_max_pooling(
+        logits, target, p=p, ratio=ratio, ignore_index=255, backend="eager", return_stats=True
+    )[1]
+    step = stats.tau.max().item() * shape[0]  # the largest factor of the upstream gradient is the number of images
     for (loss, grad), (expected, expected_grad) in zip(reductions[:3], reductions[3:], strict=True):
-        compare(loss, expected, 3e-6)
-        compare(grad, expected_grad, 1e-4, 2e-6 * expected_grad.abs().max().item())
+        compare(loss, expected, 3e-6, 4 * ROUNDING * shape[0])
+        compare(grad, expected_grad, 1e-4, 4 * ROUNDING * step)
 
 
 @pytest.mark.slow
