@@ -49,19 +49,41 @@ def pixel_config(classes: int) -> PixelConfig:
 
 
 class SelectConfig(NamedTuple):
-    """How the solver walks the losses."""
+    """How the threshold search walks the losses."""
 
     block: int
     """Losses a tile."""
     warps: int
-    """16: with 8, the registers of the search spill."""
     programs: int
-    """As in `StreamConfig`; few, since each derives the bracket for itself."""
+    """As in `StreamConfig`."""
     capacity: int
     """Losses of the bracket the short list can hold; if there are more, the last program walks all losses."""
+    passes: tuple[int, ...]
+    """Segments longer than the k-th entry get k + 1 passes that narrow the bracket before the list is made."""
 
 
-SELECT = SelectConfig(block=1024, warps=16, programs=4, capacity=16384)
+SELECT = SelectConfig(block=1024, warps=16, programs=4, capacity=8192, passes=(1 << 13, 1 << 19, 1 << 25))
+
+
+class SortConfig(NamedTuple):
+    """How the sort solver walks the losses."""
+
+    run: int
+    """Losses a program sorts, a power of two."""
+    lanes: int
+    """Runs searched at a time."""
+    warps: int
+
+
+SORT = SortConfig(run=2048, lanes=128, warps=8)
+
+SORT_UP_TO = 2048
+"""solver="auto": segments up to this length are sorted, longer ones searched. See perf/NOTES.md."""
+
+
+def solver_for(length: int, solver: str) -> str:
+    """The solver "auto" means for segments of `length` losses; any other name is itself."""
+    return solver if solver != "auto" else "sort" if length <= SORT_UP_TO else "select"
 
 
 def programs(length: int, rows: int, config: StreamConfig | SelectConfig | PixelConfig, device: torch.device) -> int:

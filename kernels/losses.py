@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import STREAM, programs, unit_of
+from . import configs
+from .configs import programs, unit_of
 from .workspace import BINS, WORDS, poison, publish, tally
 
 
@@ -62,7 +63,7 @@ def mark_losses(values: Tensor, mask: Tensor | None, losses: Tensor, workspace: 
     """Fill losses and workspace (zeroed by the caller) from values (N, L) and mask (N, L) bool."""
     rows, length = values.shape
     unit = unit_of(values) if mask is None else unit_of(values, mask)
-    programs_a_row = programs(length, rows, STREAM, values.device)
+    programs_a_row = programs(length, rows, configs.STREAM, values.device)
     mark_losses_kernel[(rows * programs_a_row,)](
         values,
         mask if mask is None else mask.view(torch.uint8),
@@ -77,7 +78,7 @@ def mark_losses(values: Tensor, mask: Tensor | None, losses: Tensor, workspace: 
         UNIT=unit,
         PER_IMAGE=workspace.numel() > WORDS.value + 1,
         HAS_MASK=mask is not None,
-        BLOCK=STREAM.block,
-        num_warps=STREAM.warps,
+        BLOCK=configs.STREAM.block,
+        num_warps=configs.STREAM.warps,
         enable_fp_fusion=True,
     )

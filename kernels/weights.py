@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import STREAM, fraction_bits, programs, unit_of
+from . import configs
+from .configs import fraction_bits, programs, unit_of
 from .numerics import log2_ratio, to_fixed
 
 
@@ -80,7 +81,7 @@ def pixel_weights(
     """Fill weights (S, n) and totals (S,), whichever is given, from losses (S, n) and the solution of `select`."""
     segments, length = losses.shape
     unit = unit_of(losses)
-    programs_a_row = programs(length, segments, STREAM, losses.device)
+    programs_a_row = programs(length, segments, configs.STREAM, losses.device)
     pixel_weights_kernel[(segments * programs_a_row,)](
         losses,
         solution,
@@ -95,7 +96,7 @@ def pixel_weights(
         UNIT=unit,
         WRITE=weights is not None,
         SUM=totals is not None,
-        BLOCK=STREAM.block,
-        num_warps=STREAM.warps,
+        BLOCK=configs.STREAM.block,
+        num_warps=configs.STREAM.warps,
         enable_fp_fusion=True,
     )

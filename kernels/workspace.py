@@ -16,9 +16,16 @@ ABOVE_COUNT = tl.constexpr(3)  # |{ℓ > hi}|
 ABOVE_SUM = tl.constexpr(4)  # Σ ℓ over ℓ > hi, normalised, fixed point
 LISTED = tl.constexpr(5)  # how many losses lie in the bracket (lo, hi]
 FINISHED = tl.constexpr(6)  # programs that are through with their share: the last one solves
-HISTOGRAM = tl.constexpr(8)
+LO = tl.constexpr(7)  # the bracket (LO, HI] a pass before the solver came to, bit patterns
+HI = tl.constexpr(8)
+INSIDE = tl.constexpr(9)  # how many losses it holds at most
+ROUNDS = tl.constexpr(10)  # rounds of thresholds the solver took, for perf/solvers.py
+HISTOGRAM = tl.constexpr(16)  # counts of the coarse bins, by stage one
 BINS = tl.constexpr(64)
-WORDS = tl.constexpr(72)
+FINE = tl.constexpr(80)  # counts of the fine bins of the bracket, zero again after each pass
+FINE_BITS = tl.constexpr(8)
+FINE_BINS = tl.constexpr(1 << 8)
+WORDS = tl.constexpr(336)
 
 # A bin is a quarter of an octave: bits >> 21 counts quarters of octaves, from 2^-11 here; 64 bins reach to 2^5.
 # Bin 0 takes all smaller losses, bin 63 all larger ones.
@@ -51,3 +58,12 @@ def publish(segment_workspace, maximum, count, histogram):
 def poison(loss, good):
     """The loss where it is a finite number ≥ 0 and `good` holds, else NaN."""
     return tl.where(good & (loss >= 0) & (float_bits(loss) < INF_BITS), loss, float("nan"))
+
+
+@triton.jit
+def take_ticket(counter):
+    """How many programs came here before. What they wrote can be read after, past the first-level cache."""
+    tl.debug_barrier()  # Triton 3.6 puts none of its own before a scalar release, nor after the acquire
+    ticket = tl.atomic_add(counter, 1, sem="acq_rel")
+    tl.debug_barrier()
+    return ticket

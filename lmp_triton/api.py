@@ -47,7 +47,8 @@ def loss_max_pooling(
             "none".
         group: a torch.distributed process group to pool over; not built yet.
         backend: "auto", "triton" or "eager"; see `lmp_triton.dispatch.choose`. "auto" may fall back, a name may not.
-        solver: "auto", "select" or "sort": which kernel finds the threshold; "sort" is not built yet.
+        solver: "auto", "select" or "sort": which kernel finds the threshold; both find the same weights up to rounding.
+            "auto" sorts short segments and searches long ones (`kernels/configs.py`).
         return_stats: return (loss, PoolingStats) instead of the loss; costs one more launch, and no host sync.
         check_targets: check the labels on a GPU too, at the price of a host sync (`LMP_TRITON_CHECK=1` does so for all
             calls). On the CPU they are always checked.
@@ -61,7 +62,7 @@ def loss_max_pooling(
     Raises:
         ValueError, TypeError: an argument does not fit; names it, what it was and what it must be.
         IndexError: a label outside [0, C) that is not ignore_index, where labels are checked.
-        NotImplementedError: group, or solver="sort".
+        NotImplementedError: group.
     """
     checks.options(p, ratio, scope, reduction, group, logits.device)
     checks.cross_entropy_options(weight, ignore_index, label_smoothing)
@@ -75,7 +76,7 @@ def loss_max_pooling(
     backend = dispatch.choose(logits, backend, solver, segments)
     if not target.numel():
         return _nothing(logits, segments, reduction, return_stats)
-    options = Options(backend, segments, reduction, ignore_index, float(label_smoothing))
+    options = Options(backend, segments, reduction, solver, ignore_index, float(label_smoothing))
     weight = weight if weight is None else weight.contiguous()
     outputs = FromLogits.apply(logits, target, weight, p, ratio, options)
     return _result(outputs, backend, return_stats)
@@ -115,7 +116,7 @@ def pool_losses(
     backend = dispatch.choose(losses, backend, solver, segments)
     if not losses.numel():
         return _nothing(losses, segments, reduction, return_stats)
-    outputs = FromLosses.apply(losses, mask, p, ratio, Options(backend, segments, reduction))
+    outputs = FromLosses.apply(losses, mask, p, ratio, Options(backend, segments, reduction, solver))
     return _result(outputs, backend, return_stats)
 
 
@@ -148,7 +149,7 @@ def optimal_weights(
     stages = dispatch.module(backend)
     with torch.no_grad():
         pixels = stages.marked_losses(losses.detach(), mask, segments)
-        pooling = stages.solve(pixels, p, ratio, segments, "none")
+        pooling = stages.solve(pixels, p, ratio, segments, "none", solver)
         one = torch.ones((), dtype=dtype, device=losses.device)
         weights = stages.pixel_weights(pixels, pooling.solution, one, dtype)
     return weights.view(shape), _stats(pooling.solution, pooling.counts, pixels.losses, backend)

@@ -23,6 +23,7 @@ class Options(NamedTuple):
     backend: str
     segments: int
     reduction: str
+    solver: str = "auto"
     ignore_index: int = -100
     label_smoothing: float = 0.0
 
@@ -67,7 +68,7 @@ class FromLogits(torch.autograd.Function):
         pixels = stages.softmax_losses(
             logits, target, weight, options.ignore_index, options.label_smoothing, options.segments
         )
-        pooling = stages.solve(pixels, p, ratio, options.segments, options.reduction)
+        pooling = stages.solve(pixels, p, ratio, options.segments, options.reduction, options.solver)
         ctx.options = options
         ctx.save_for_backward(logits, weight, pooling.solution, pixels.losses, *pixels.saved)
         return _outputs(ctx, pixels, pooling)
@@ -94,7 +95,7 @@ class FromLosses(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         stages = dispatch.module(options.backend)
         pixels = stages.marked_losses(values, mask, options.segments)
-        pooling = stages.solve(pixels, p, ratio, options.segments, options.reduction)
+        pooling = stages.solve(pixels, p, ratio, options.segments, options.reduction, options.solver)
         ctx.options, ctx.dtype = options, values.dtype
         # The values themselves are kept for the graph of a second derivative only; they are the caller's.
         ctx.save_for_backward(values, pooling.solution, pixels.losses)

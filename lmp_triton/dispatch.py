@@ -33,18 +33,15 @@ def choose(values: Tensor, backend: str = "auto", solver: str = "auto", segments
         segments: N, or 1 if all rows are pooled together; None: N.
         backend: "auto" takes Triton on a CUDA GPU where it can serve, else eager. `LMP_TRITON_BACKEND` replaces
             "auto"; a name in the call wins over it.
-        solver: "auto" and "select"; "sort" is not built yet.
+        solver: "auto", or one of the kernels' solvers, "select" and "sort".
 
     Raises:
         ValueError: an unknown name, or the backend asked for can't serve the call; the message says why.
-        NotImplementedError: solver="sort".
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
-    if solver == "sort":
-        raise NotImplementedError('solver="sort" is not built yet; solver="select" finds the same weights')
     if backend == "auto":
         backend = os.environ.get(VARIABLE, "auto")
         if backend not in BACKENDS:

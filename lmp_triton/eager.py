@@ -131,13 +131,17 @@ def _mark(losses: Tensor, good: Tensor, valid: Tensor) -> Tensor:
 # --- stage two: the pivot, α* and the loss ------------------------------------------------------------------------
 
 
-def solve(pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, segments: int, reduction: str) -> Pooling:
+def solve(
+    pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, segments: int, reduction: str, solver: str = "auto"
+) -> Pooling:
     """Find α* of each segment and with it the pooled loss (equations 9 and 10).
 
     With f(t) = |{ℓ > t}| + Σ_{ℓ ≤ t} (ℓ/t)^q − m, which falls as t grows, α* is the largest root of f, and the pivot
     the largest number of the losses' type with f(pivot) ≥ 0. A number ≥ 0 and its bit pattern read as an integer are
     ordered alike, so the pivot is found bit group by bit group, from the top: a fixed number of rounds for every
     input. All sums are integers (fixed point): the order of the additions leaves no trace.
+
+    solver is unused here: it chooses among kernels.
     """
     losses = pixels.losses.view(segments, -1)
     dtype, wide = losses.dtype, _wide(losses.device)

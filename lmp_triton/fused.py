@@ -13,7 +13,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .kernels import configs, cross_entropy, gradient, select, weights, workspace
+from .kernels import configs, cross_entropy, gradient, select, sort, weights, workspace
 from .kernels import losses as own_losses
 from .types import SOLUTION_ROWS, PixelLosses, Pooling
 
@@ -72,20 +72,30 @@ def marked_losses(values: Tensor, mask: Tensor | None, segments: int) -> PixelLo
 
 
 @_on_its_device
-def solve(pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, segments: int, reduction: str) -> Pooling:
-    """See `eager.solve`."""
+def solve(
+    pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, segments: int, reduction: str, solver: str = "auto"
+) -> Pooling:
+    """See `eager.solve`; solver: "sort", "select", or "auto" for the one the table says."""
     device = pixels.losses.device
     assert pixels.statistics is not None
     losses = pixels.losses.view(segments, -1)
-    capacity = min(configs.SELECT.capacity, losses.shape[1])
-    short_list = torch.empty(segments, capacity, dtype=torch.float32, device=device)
+    length = losses.shape[1]
+    sorting = configs.solver_for(length, solver) == "sort"
+    scratch: Tensor
+    if sorting:
+        runs = -(-length // configs.SORT.run)
+        scratch = torch.empty(
+            1 if runs == 1 else 3, segments * runs * configs.SORT.run, dtype=torch.int32, device=device
+        )
+    else:
+        scratch = torch.empty(segments, min(configs.SELECT.capacity, length), dtype=torch.float32, device=device)
     solution = torch.empty(len(SOLUTION_ROWS), segments, dtype=torch.float32, device=device)
     loss = torch.empty(segments, dtype=torch.float32, device=device)
     counts = torch.empty(2, segments, dtype=torch.int64, device=device)
     value = loss if reduction == "none" else torch.empty((), dtype=torch.float32, device=device)
-    select.select(
+    (sort.sort if sorting else select.select)(
         losses,
-        short_list,
+        scratch,
         pixels.statistics,
         solution,
         loss,

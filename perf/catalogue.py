@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lmp_triton.kernels import cross_entropy, gradient, losses, select, weights
-from lmp_triton.kernels.configs import SELECT, STREAM, pixel_config
+from lmp_triton.kernels import cross_entropy, gradient, losses, select, sort, weights
+from lmp_triton.kernels.configs import SELECT, SORT, STREAM, pixel_config
 
 
 class Launch(NamedTuple):
@@ -116,28 +116,51 @@ def mark_losses(dtype: str = "fp32", *, masked: bool = True, unit: int = 4) -> L
     return Launch(losses.mark_losses_kernel, signature, constants, STREAM.warps, STREAM.block)
 
 
-def select_threshold(reduction: str = "mean", *, tensors: bool = False, unit: int = 4) -> Launch:
-    """tensors: p and ratio are read on the device."""
+_SOLVER = {
+    "losses": "*fp32",
+    "workspace": "*i64",
+    "solution": "*fp32",
+    "loss": "*fp32",
+    "counts": "*i64",
+    "value": "*fp32",
+}
+
+
+def narrow_bracket(*, first: bool = True, tensors: bool = False, unit: int = 4) -> Launch:
+    """first: from the histogram of stage one; tensors: p and ratio are read on the device."""
+    names = ("programs_a_row", "length", "capacity", "fraction_bits")
+    signature = dict.fromkeys(names, "i32") | {"losses": "*fp32", "workspace": "*i64"}
+    constants = {"FIRST": first, "UNIT": unit, "BLOCK": SELECT.block}
+    _parameters(tensors, signature, constants)
+    return Launch(select.narrow_bracket_kernel, signature, constants, SELECT.warps, SELECT.block)
+
+
+def select_threshold(
+    reduction: str = "mean", *, narrowed: bool = False, tensors: bool = False, unit: int = 4
+) -> Launch:
+    """narrowed: a pass of `narrow_bracket` came before; tensors: p and ratio are read on the device."""
     names = ("programs_a_row", "length", "capacity", "fraction_bits", "segments")
-    signature = dict.fromkeys(names, "i32") | {
-        "losses": "*fp32",
-        "short_list": "*fp32",
-        "workspace": "*i64",
-        "solution": "*fp32",
-        "loss": "*fp32",
-        "counts": "*i64",
-        "value": "*fp32",
-        "p": "*fp64" if tensors else "i64",
-        "ratio": "*fp64" if tensors else "i64",
-    }
-    constants = {
-        "P_IS_TENSOR": tensors,
-        "RATIO_IS_TENSOR": tensors,
-        "REDUCTION": reduction,
-        "UNIT": unit,
-        "BLOCK": SELECT.block,
-    }
+    signature = dict.fromkeys(names, "i32") | _SOLVER | {"short_list": "*fp32"}
+    constants = {"NARROWED": narrowed, "REDUCTION": reduction, "UNIT": unit, "BLOCK": SELECT.block}
+    _parameters(tensors, signature, constants)
     return Launch(select.select_kernel, signature, constants, SELECT.warps, SELECT.block)
+
+
+def sort_runs(reduction: str = "mean", *, one_run: bool = False, tensors: bool = False, unit: int = 4) -> Launch:
+    """one_run: segments that fit in one."""
+    names = ("runs", "length", "fraction_bits", "segments")
+    scratch = {"sorted_runs": "*i32", "powers": "*fp32", "sums": "*fp32"}
+    signature = dict.fromkeys(names, "i32") | _SOLVER | scratch
+    constants = {
+        "REDUCTION": reduction,
+        "ONE_RUN": one_run,
+        "UNIT": unit,
+        "RUN": SORT.run,
+        "STEPS": SORT.run.bit_length(),
+        "LANES": SORT.lanes,
+    }
+    _parameters(tensors, signature, constants)
+    return Launch(sort.sort_kernel, signature, constants, SORT.warps, SORT.run)
 
 
 def pixel_weights(dtype: str = "fp32", *, write: bool = True, total: bool = False, unit: int = 4) -> Launch:
@@ -160,3 +183,10 @@ def _pixel_stride(name: str, rows: bool, signature: dict[str, str], constants: d
         signature[name] = "i32"
     else:
         constants[name] = 1
+
+
+def _parameters(tensors: bool, signature: dict[str, str], constants: dict[str, Any]) -> None:
+    """p and ratio as the bits of a float64, or read from tensors."""
+    for name in ("p", "ratio"):
+        signature[name] = "*fp64" if tensors else "i64"
+        constants[f"{name.upper()}_IS_TENSOR"] = tensors

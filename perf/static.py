@@ -40,6 +40,11 @@ LAUNCHES = {
     "mark_losses fp32": catalogue.mark_losses(),
     "select": catalogue.select_threshold(),
     "select tensors": catalogue.select_threshold("none", tensors=True),
+    "select narrowed": catalogue.select_threshold(narrowed=True),
+    "narrow_bracket first": catalogue.narrow_bracket(),
+    "narrow_bracket again": catalogue.narrow_bracket(first=False),
+    "sort one run": catalogue.sort_runs(one_run=True),
+    "sort runs": catalogue.sort_runs(),
     "pixel_weights fp32": catalogue.pixel_weights(),
     "pixel_weights sums": catalogue.pixel_weights(write=False, total=True),
 }

@@ -16,6 +16,12 @@ from lmp_triton import dispatch, reference  # noqa: E402
 torch.set_num_threads(1)  # the shapes are small, and pytest-xdist uses the cores
 
 
+if not CUDA and dispatch.has_triton():
+    import interpreter
+
+    interpreter.vectorise()
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if not dispatch.has_triton() and getattr(item, "callspec", None) and "triton" in item.callspec.params.values():

@@ -31,7 +31,7 @@ def mean_of_segments(losses, valid, scope):
 
 
 ROUNDING = 2.0**-21
-"""What float32 arithmetic leaves of logits of a few units, absolute: a softmax near 1 less 1 has no relative accuracy."""
+"""What float32 leaves of logits of a few units, absolute: a softmax near 1, less 1, has no relative accuracy."""
 
 
 def compare(a, b, rtol, atol=0.0):

@@ -28,8 +28,8 @@ LOGITS, TARGET = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long)
         ({"reduction": "avg"}, ValueError, "reduction must be one of"),
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
         ({"solver": "radix"}, ValueError, "solver must be one of"),
-        ({"solver": "sort"}, NotImplementedError, "not built yet"),
         ({"solver": "select", "backend": "eager"}, ValueError, "chooses among kernels"),
+        ({"solver": "sort", "backend": "eager"}, ValueError, "chooses among kernels"),
         ({"group": object()}, ValueError, 'goes with scope="batch"'),
         ({"group": object(), "scope": "batch"}, NotImplementedError, "group"),
         ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int, got float"),
@@ -100,7 +100,7 @@ def test_bad_label_on_a_gpu(backend, device, monkeypatch):
 def run(logits, target, backend, weight=None, smoothing=0.0, reduction="none"):
     """What a GPU does with labels nobody checked: past the checks, on any device. Returns loss and gradient."""
     x = logits.clone().requires_grad_()
-    options = Options(dispatch.choose(x, backend), x.shape[0], reduction, 255, smoothing)
+    options = Options(dispatch.choose(x, backend), x.shape[0], reduction, "auto", 255, smoothing)
     loss = FromLogits.apply(x, target, weight, 1.3, 0.25, options)[0]
     loss.sum().backward()
     return loss.detach(), x.grad

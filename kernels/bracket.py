@@ -1,0 +1,143 @@
+"""The bracket (lo, hi] of the pivot, shared by both solvers: from counts in bins, then K thresholds at a time.
+
+f(t) = |{ℓ > t}| + Σ_{ℓ ≤ t} (ℓ/t)^q − m falls as t grows. f(lo) ≥ 0 or lo = 0, and f(hi) < 0 or no loss ≥ hi.
+Both ends are bit patterns: losses are never negative, and such floats are ordered as their bit patterns are.
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import INF_BITS, bits_float, float_bits, log2_ratio, power
+from .workspace import BIN_SHIFT, BINS, FINE_BINS, FINE_BITS, FIRST_BIN, HISTOGRAM
+
+THRESHOLDS = tl.constexpr(4)
+MARGIN = tl.constexpr(1e-4)  # relative, far above the rounding of the bounds taken from bins
+NUDGE = tl.constexpr(4)  # units in the last place to either side of a Newton step, where f has a certain sign
+
+
+@triton.jit
+def decay(x, t, q):
+    """−log2 of (x/t)^q for 0 ≤ x ≤ t: what a sum of powers relative to x loses on the way to t."""
+    return tl.where(x > 0, -q * log2_ratio(x, t), 1e6)
+
+
+@triton.jit
+def add_powers(e1, a1, e2, a2):
+    """Sums of powers along ascending losses: (e, A) with A relative to the last loss, e the decay across the piece.
+
+    No term ever exceeds its sum, so nothing overflows; what underflows does not count. (Prefix sums of (ℓ/max)^q
+    underflow at p near 1.)
+    """
+    return e1 + e2, a2 + a1 * tl.exp2(-e2)
+
+
+@triton.jit
+def add_bounds(e1, a1, b1, e2, a2, b2):
+    """`add_powers` of two sums at once."""
+    factor = tl.exp2(-e2)
+    return e1 + e2, a2 + a1 * factor, b2 + b1 * factor
+
+
+@triton.jit
+def bracket_of_bins(counts, before, lower, upper, base, outside, lo, hi, m, q):
+    """A bracket inside (lo, hi], from the counts (int64) of ascending bins that cover it; and how many it holds.
+
+    A bin holds lower ≤ ℓ ≤ upper, `before` is the upper edge of the bin before (lo for the first), all bit patterns.
+    base: Σ (ℓ/lo)^q of the losses up to lo; outside: how many lie above hi.
+    A bin's share of the sum at t lies between its count times (lower/t)^q and (upper/t)^q.
+    """
+    low = bits_float(lower)
+    high = bits_float(upper)
+    previous = bits_float(before)
+    count = counts.to(tl.float32)
+    carried = tl.where(before == lo, base, 0.0)  # the first bin alone
+    carried = tl.where(previous > 0, carried * power(tl.minimum(previous, high), high, q), 0.0)
+    least = carried + tl.where(low > 0, count * power(tl.minimum(low, high), high, q), 0.0)
+    most = carried + count
+    _decay, least, most = tl.associative_scan((decay(tl.minimum(previous, high), high, q), least, most), 0, add_bounds)
+    above = (outside + tl.sum(counts, 0) - tl.cumsum(counts, 0)).to(tl.float64)
+    lo = tl.maximum(lo, tl.max(tl.where(above + (least * (1 - MARGIN)).to(tl.float64) >= m, upper, 0), 0))
+    hi = tl.minimum(hi, tl.min(tl.where(above + (most * (1 + MARGIN)).to(tl.float64) < m, upper, INF_BITS), 0))
+    hi = tl.maximum(hi, lo + 1)
+    return lo, hi, tl.sum(tl.where((upper > lo) & (upper <= hi), counts, 0), 0)
+
+
+@triton.jit
+def first_bracket(segment_workspace, n, max_bits, m, q):
+    """The bracket by the histogram of stage one, and how many losses it holds at most (zeros may count)."""
+    bins = tl.arange(0, BINS)
+    counts = tl.load(segment_workspace + HISTOGRAM + bins)  # 0 for bin 0
+    counts += tl.where(bins == 0, n - tl.sum(counts, 0), 0)
+    max_bits = tl.minimum(max_bits, INF_BITS - 1)
+    lower = tl.where(bins == 0, 0, (bins + FIRST_BIN) << BIN_SHIFT)
+    upper = tl.where(bins == BINS - 1, INF_BITS - 1, ((bins + FIRST_BIN + 1) << BIN_SHIFT) - 1)
+    before = tl.minimum(tl.where(bins == 0, 0, lower - 1), max_bits)
+    lower = tl.minimum(lower, max_bits)
+    upper = tl.minimum(upper, max_bits)
+    # Past the maximum there is nothing left to separate, whatever the sign of f.
+    return bracket_of_bins(counts, before, lower, upper, 0.0, tl.cast(0, tl.int64), 0, max_bits + 1, m, q)
+
+
+@triton.jit
+def fine_shift(lo, hi):
+    """So that (bits − lo − 1) >> shift numbers the FINE_BINS bins of (lo, hi]: a power of two of bit patterns each."""
+    exponent = (float_bits((hi - lo - 1).to(tl.float32)) >> 23) - 127
+    return tl.maximum(exponent - (FINE_BITS - 1), 0)
+
+
+@triton.jit
+def finer_bracket(counts, base, outside, lo, hi, m, q):
+    """The bracket by the counts of FINE_BINS bins of (lo, hi], and how many losses it holds."""
+    bins = tl.arange(0, FINE_BINS)
+    shift = fine_shift(lo, hi)
+    before = lo + tl.minimum(bins << shift, hi - lo)  # added first, it might not fit 32 bits
+    upper = lo + tl.minimum((bins + 1) << shift, hi - lo)
+    lower = tl.minimum(before + 1, upper)
+    return bracket_of_bins(counts, before, lower, upper, base, outside, lo, hi, m, q)
+
+
+@triton.jit
+def root_of_piece(t, above, powers, m, q):
+    """t·(R(t)/c)^(1/q), an upper bound of α* (Newton's step in α^q), as a bit pattern; INF_BITS where c ≤ 0."""
+    c = m - above.to(tl.float64)
+    step = tl.exp2(tl.log2(tl.maximum(powers, 1e-300) / tl.where(c > 0, c, 1.0)) / q)
+    bits = float_bits((bits_float(t).to(tl.float64) * tl.minimum(step, 1e30)).to(tl.float32))
+    return tl.where((c > 0) & (t > 0) & (powers > 0), tl.minimum(bits, INF_BITS), INF_BITS)
+
+
+@triton.jit
+def propose(lo, lo_above, lo_powers, hi, hi_above, hi_powers, m, q):
+    """The next THRESHOLDS, strictly between lo and hi: about Newton's step, the chord and the middle.
+
+    `above` and `powers` are |{ℓ > t}| and Σ_{ℓ ≤ t} (ℓ/t)^q at the two ends; 0 powers at hi: not known.
+    The middle alone halves the bracket of bit patterns, so there are never more than 31 rounds.
+    """
+    k = tl.arange(0, THRESHOLDS)
+    # α* lies below both Newton steps. The chord of s·f(s^(1/q)), which is concave, bounds it from below.
+    newton = tl.minimum(root_of_piece(lo, lo_above, lo_powers, m, q), root_of_piece(hi, hi_above, hi_powers, m, q))
+    middle = lo + (hi - lo) // 2
+    chord = lo + (hi - lo) // 4
+    if (hi_powers > 0) & (lo > 0):
+        u = tl.exp2(q * (tl.log2(bits_float(lo).to(tl.float64)) - tl.log2(bits_float(hi).to(tl.float64))))
+        f_lo = tl.maximum(lo_above.to(tl.float64) + lo_powers - m, 0.0) * u
+        f_hi = m - hi_above.to(tl.float64) - hi_powers
+        u += (1 - u) * f_lo / (f_lo + f_hi)
+        edge = bits_float(hi).to(tl.float64) * tl.exp2(tl.log2(tl.maximum(u, 1e-300)) / q)
+        chord = float_bits(edge.to(tl.float32)) - NUDGE
+    t = tl.where(k == 0, newton + NUDGE, tl.where(k == 1, newton - NUDGE, tl.where(k == 2, chord, middle)))
+    return tl.minimum(tl.maximum(t, lo + 1), hi - 1)
+
+
+@triton.jit
+def narrow(t, above, powers, lo, lo_above, lo_powers, hi, hi_above, hi_powers, m):
+    """Move the ends of the bracket to the best of the thresholds t, with what was found there."""
+    is_lo = (above.to(tl.float64) + powers >= m) | (t == 0)
+    new_lo = tl.maximum(lo, tl.max(tl.where(is_lo, t, -1), 0))
+    new_hi = tl.minimum(hi, tl.min(tl.where(is_lo, INF_BITS, t), 0))
+    if new_lo > lo:
+        lo_above = tl.max(tl.where(t == new_lo, above, 0), 0)
+        lo_powers = tl.max(tl.where(t == new_lo, powers, 0.0), 0)
+    if new_hi < hi:
+        hi_above = tl.max(tl.where(t == new_hi, above, 0), 0)
+        hi_powers = tl.max(tl.where(t == new_hi, powers, 0.0), 0)
+    return new_lo, lo_above, lo_powers, new_hi, hi_above, hi_powers
