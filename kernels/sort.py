@@ -173,7 +173,9 @@ def sort_kernel(
         )
     else:
         tl.store(powers + ours, power_sum)
-        tl.store(sums + ours, tl.cumsum(ell * norm, 0, reverse=True))
+        # Added as integers: no rounding but the last.
+        sum_above = tl.cumsum(to_fixed(ell * norm, fraction_bits - 2), 0, reverse=True)
+        tl.store(sums + ours, from_fixed(sum_above, fraction_bits - 2).to(tl.float32))
         if take_ticket(here + FINISHED) == runs - 1:
             first = segment * runs * RUN
             bracket_lo, bracket_hi, _listed = first_bracket(here, n, max_bits, m, q32)

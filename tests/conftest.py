@@ -19,18 +19,42 @@ torch.set_num_threads(1)  # the shapes are small, and pytest-xdist uses the core
 if not CUDA and dispatch.has_triton():
     import interpreter
 
-    interpreter.vectorise()
+    interpreter.speed_up()
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if not dispatch.has_triton() and getattr(item, "callspec", None) and "triton" in item.callspec.params.values():
+        params = set(map(str, item.callspec.params.values())) if hasattr(item, "callspec") else set()
+        if not dispatch.has_triton() and params & {"triton", *SOLVERS} - {"eager"}:
             item.add_marker(pytest.mark.skip(reason="Triton is not installed on this platform"))
 
 
 @pytest.fixture(params=["eager", "triton"])
 def backend(request):
     return request.param
+
+
+SOLVERS = {
+    "eager": {},
+    "select": {},
+    "select, narrowed": {"SELECT": {"block": 256, "capacity": 16, "passes": (10, 200)}},
+    "sort": {"SORT": {"run": 1024, "lanes": 16}},
+    "sort, runs": {"SORT": {"run": 128, "lanes": 4}},
+}
+"""Every way to a solution, with block sizes that send some hundred losses through all of it."""
+
+
+@pytest.fixture(params=SOLVERS)
+def solver(request, monkeypatch):
+    """Options of a call that takes this way."""
+    if request.param == "eager":
+        return {"backend": "eager"}
+    from lmp_triton.kernels import configs
+
+    if not CUDA:  # there, block sizes are what they are in use
+        for name, change in SOLVERS[request.param].items():
+            monkeypatch.setattr(configs, name, getattr(configs, name)._replace(**change))
+    return {"backend": "triton", "solver": request.param.split(",")[0]}
 
 
 @pytest.fixture
