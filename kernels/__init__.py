@@ -3,6 +3,6 @@
 A launcher fills the tensors it is given and allocates nothing. The order of the stages:
 
     cross_entropy.softmax_losses  or  losses.mark_losses     losses, labels, statistics of each segment
-    select.select                                            α* and what backward needs, one solution a segment
+    select.select                 or  sort.sort              α* and what backward needs, one solution a segment
     gradient.logits_gradient      or  weights.pixel_weights  w*·grad_output, straight into the gradient buffer
 """

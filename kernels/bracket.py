@@ -110,13 +110,15 @@ def propose(lo, lo_above, lo_powers, hi, hi_above, hi_powers, m, q):
     """The next THRESHOLDS, strictly between lo and hi: about Newton's step, the chord and the middle.
 
     `above` and `powers` are |{ℓ > t}| and Σ_{ℓ ≤ t} (ℓ/t)^q at the two ends; 0 powers at hi: not known.
-    The middle alone halves the bracket of bit patterns, so there are never more than 31 rounds.
+    Where neither end has a Newton step, as at p = 1, four thresholds cut the bracket into five.
+    The bracket of bit patterns is halved at least, so there are never more than 31 rounds.
     """
     k = tl.arange(0, THRESHOLDS)
     # α* lies below both Newton steps. The chord of s·f(s^(1/q)), which is concave, bounds it from below.
     newton = tl.minimum(root_of_piece(lo, lo_above, lo_powers, m, q), root_of_piece(hi, hi_above, hi_powers, m, q))
+    fifth = (hi - lo) // 5
     middle = lo + (hi - lo) // 2
-    chord = lo + (hi - lo) // 4
+    chord = lo + fifth
     if (hi_powers > 0) & (lo > 0):
         u = tl.exp2(q * (tl.log2(bits_float(lo).to(tl.float64)) - tl.log2(bits_float(hi).to(tl.float64))))
         f_lo = tl.maximum(lo_above.to(tl.float64) + lo_powers - m, 0.0) * u
@@ -124,7 +126,10 @@ def propose(lo, lo_above, lo_powers, hi, hi_above, hi_powers, m, q):
         u += (1 - u) * f_lo / (f_lo + f_hi)
         edge = bits_float(hi).to(tl.float64) * tl.exp2(tl.log2(tl.maximum(u, 1e-300)) / q)
         chord = float_bits(edge.to(tl.float32)) - NUDGE
-    t = tl.where(k == 0, newton + NUDGE, tl.where(k == 1, newton - NUDGE, tl.where(k == 2, chord, middle)))
+    if newton == INF_BITS:
+        t = lo + (k + 1) * fifth + (k + 1) // 2
+    else:
+        t = tl.where(k == 0, newton + NUDGE, tl.where(k == 1, newton - NUDGE, tl.where(k == 2, chord, middle)))
     return tl.minimum(tl.maximum(t, lo + 1), hi - 1)
 
 

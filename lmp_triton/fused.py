@@ -1,6 +1,7 @@
 """The Triton backend: the stages of `lmp_triton.eager`, each one launch. Allocates, then calls `lmp_triton.kernels`.
 
-Launches of one call: forward 3 (zeroing the workspace, losses, select), backward 1.
+Launches of one call: forward 3 (zeroing the workspace, losses, solve; one or two more for long segments, see
+`kernels.select`), backward 1.
 """
 
 from __future__ import annotations

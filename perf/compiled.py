@@ -17,6 +17,8 @@ from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)", re.MULTILINE)
+LABEL = re.compile(r"^(\.L_x_\d+):")
+BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Compiled:
     """Bytes a CTA."""
     opcodes: tuple[str, ...]
     """SASS instructions with their modifiers, in program order."""
+    loops: tuple[int, ...] = ()
+    """Instructions from the head of each loop to its backward branch (loops inside it included), by their heads."""
 
     def count(self, prefix: str) -> int:
         """How many instructions start with `prefix`."""
@@ -71,7 +75,24 @@ def compile_for(
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
     opcodes = tuple(name + modifiers for name, modifiers in OPCODE.findall(sass))
     opcodes = opcodes[: len(opcodes) - next((i for i, o in enumerate(reversed(opcodes)) if o != "NOP"), 0)]
-    return Compiled(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], built.metadata.shared, opcodes)
+    stack = numbers["STACK"] + numbers["LOCAL"]
+    return Compiled(numbers["REG"], stack, built.metadata.shared, opcodes, _loops(sass))
+
+
+def _loops(sass: str) -> tuple[int, ...]:
+    """The sizes of the loops: from a label to the last branch back to it."""
+    labels: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    place = 0
+    for line in sass.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = place
+        elif OPCODE.match(line):
+            place += 1
+            target = BRANCH.search(line)
+            if target and target[1] in labels and labels[target[1]] < place - 1:  # not the halt at the end
+                ends[target[1]] = place
+    return tuple(ends[label] - labels[label] for label in labels if label in ends)
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -12,10 +12,10 @@ pytest.importorskip("triton")
 @pytest.fixture
 def launches(monkeypatch):
     """The names of the kernels launched, in order."""
-    from lmp_triton.kernels import cross_entropy, gradient, losses, select, weights
+    from lmp_triton.kernels import cross_entropy, gradient, losses, select, sort, weights
 
     names = []
-    for module in (cross_entropy, gradient, losses, select, weights):
+    for module in (cross_entropy, gradient, losses, select, sort, weights):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
 
@@ -31,13 +31,24 @@ def launches(monkeypatch):
     return names
 
 
-def test_number_of_launches(rng, launches, device):
-    logits, target = labelled((2, 20, 30), 19, device=device)
+@pytest.mark.parametrize(
+    "shape, solver, names",
+    [
+        ((2, 20, 30), "auto", ["sort_kernel"]),
+        ((2, 20, 30), "select", ["select_kernel"]),
+        ((1, 60, 70), "auto", ["select_kernel"]),
+        ((1, 60, 70), "sort", ["sort_kernel"]),
+        ((1, 96, 100), "auto", ["narrow_bracket_kernel", "select_kernel"]),
+    ],
+)
+def test_number_of_launches(rng, launches, device, shape, solver, names):
+    logits, target = labelled(shape, 5, device=device)
     x = logits.requires_grad_()
-    loss = lmp_triton.loss_max_pooling(x, target, ignore_index=255, backend="triton")
-    assert launches == ["softmax_losses_kernel", "select_kernel"]
+    loss = lmp_triton.loss_max_pooling(x, target, ignore_index=255, backend="triton", solver=solver)
+    assert launches == ["softmax_losses_kernel", *names]
+    launches.clear()
     loss.backward()
-    assert launches[2:] == ["logits_gradient_kernel"]
+    assert launches == ["logits_gradient_kernel"]
 
 
 def test_on_the_device_of_the_tensor(rng, monkeypatch, device):
@@ -56,6 +67,7 @@ def test_no_new_kernel_for_a_new_value(rng, device):
     def compiled():
         kernels = (
             cross_entropy.softmax_losses_kernel,
+            select.narrow_bracket_kernel,
             select.select_kernel,
             gradient.logits_gradient_kernel,
         )
@@ -67,12 +79,12 @@ def test_no_new_kernel_for_a_new_value(rng, device):
             logits.requires_grad_(), target, p=p, ratio=ratio, ignore_index=ignore_index, backend="triton"
         ).backward()
 
-    run(1.3, 0.25, 255, (2, 32, 32))
+    run(1.3, 0.25, 255, (2, 96, 96))
     before = compiled()
     for arguments in (
-        (1.0, 1.0, -1, (2, 32, 32)),
-        (1.7, 0.1, -100, (3, 48, 64)),
-        (float("inf"), 0.5, 254, (5, 64, 80)),
+        (1.0, 1.0, -1, (2, 96, 96)),
+        (1.7, 0.1, -100, (3, 112, 128)),
+        (float("inf"), 0.5, 254, (5, 128, 160)),
     ):
         run(*arguments)
     assert compiled() == before
