@@ -1,4 +1,4 @@
-"""The command line: `lmp-triton demo`, `lmp-triton info`."""
+"""The command line: `lmp-triton demo`, `lmp-triton bench`, `lmp-triton info`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("demo", help=help_demo, description=help_demo)
     demo.add_arguments(command)
     command.set_defaults(run=demo.run)
+    help_bench = "time the loss and its peers on this machine, report the results, compare two of them"
+    command = commands.add_parser("bench", help=help_bench, description=help_bench)
+    try:
+        from .perf import bench
+    except ImportError as error:  # an optional extra
+        reason = f"lmp-triton bench needs pandas and matplotlib ({error}): pip install 'lmp-triton[perf]'"
+        command.add_argument("rest", nargs=argparse.REMAINDER)
+        command.set_defaults(run=lambda options: print(reason, file=sys.stderr) or 2)
+    else:
+        bench.add_arguments(command)
     help_info = "versions, devices, and which backend serves them"
     command = commands.add_parser("info", help=help_info, description=help_info)
     command.set_defaults(run=info)

@@ -102,8 +102,8 @@ def report_steps(arguments: argparse.Namespace) -> None:
 
 
 def report_code(arguments: argparse.Namespace) -> None:
-    import catalogue
-    from compiled import compile_for
+    from lmp_triton.perf import catalogue
+    from lmp_triton.perf.compiled import compile_for
 
     launches = {
         "narrow_bracket, all losses": (catalogue.narrow_bracket(), 1),

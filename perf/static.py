@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-import catalogue
 import pandas as pd
 import triton
-from compiled import compile_for
+from lmp_triton.perf import catalogue
+from lmp_triton.perf.compiled import compile_for
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 

@@ -1,0 +1,176 @@
+"""Tables, plots and comparisons of what `bench.run` wrote."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from .providers import BASE
+
+BASES = (BASE, "F.cross_entropy")
+CLOCKS = ("graph", "kernel", "end to end")
+
+
+def read(path: Path) -> pd.DataFrame:
+    """The long table; device, commit and status as text."""
+    table = pd.read_csv(
+        path, dtype={"commit": str, "capability": str, "driver": str, "status": str}, keep_default_na=True
+    )
+    return table.fillna({"pass": "", "clock": "", "capability": "", "driver": ""})
+
+
+def latest(table: pd.DataFrame) -> pd.DataFrame:
+    """Of several commits in one table, the last one written for each device."""
+    last = table.groupby("device")["commit"].transform("last")
+    return table[table["commit"] == last]
+
+
+def best_clock(table: pd.DataFrame) -> str:
+    """The clock nearest to the device that the table has."""
+    return next(clock for clock in CLOCKS if ((table["clock"] == clock) & (table["status"] == "ok")).any())
+
+
+def pivots(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Titles and tables: milliseconds, ratios to cross-entropy, percent of the device's bandwidth, memory, problems."""
+    good = table[table["status"] == "ok"]
+    clock = best_clock(table)
+    found = {}
+    for passes in ("forward+backward", "forward"):
+        some = good[(good["clock"] == clock) & (good["pass"] == passes)]
+        times = some.pivot_table(index="workload", columns="provider", values="ms", sort=False)
+        found[f"{passes}, {clock}, median ms"] = times
+        base = next((name for name in BASES if name in times), None)
+        if base:
+            found[f"{passes}, {clock}, ratio to {base}"] = times.div(times[base], axis=0)
+        percent = some.pivot_table(index="workload", columns="provider", values="percent_of_device", sort=False)
+        found[f"{passes}, {clock}, percent of the bandwidth measured on the device"] = percent
+        if some["peak_mib"].notna().any():
+            memory = some.pivot_table(index="workload", columns="provider", values="peak_mib", sort=False)
+            found[f"{passes}, peak MiB above the inputs"] = memory
+    problems = table[table["status"] != "ok"]
+    if len(problems):
+        found["not measured, and why"] = (
+            problems[["workload", "provider", "status"]].drop_duplicates().set_index("workload")
+        )
+    return found
+
+
+def plots(table: pd.DataFrame) -> dict[str, bytes]:
+    """File names and PNGs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    good = table[table["status"] == "ok"]
+    clock = best_clock(table)
+    some = good[(good["clock"] == clock) & (good["pass"] == "forward+backward")]
+    found = {}
+
+    def save(name: str, figure: plt.Figure) -> None:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=120, bbox_inches="tight")
+        plt.close(figure)
+        found[name] = buffer.getvalue()
+
+    figure, axes = plt.subplots(figsize=(9, 5))
+    for name, group in some.groupby("provider", sort=False):
+        group = group.sort_values("logits_bytes")
+        axes.plot(group["logits_bytes"] / 2**20, group["effective_gb_s"], "o-", label=name, alpha=0.8)
+    roof = some["device_gb_s"].median()
+    axes.axhline(roof, color="black", linestyle=":", label="a large copy on this device")
+    axes.set(xscale="log", yscale="log", xlabel="logits, MiB", ylabel="two reads and one write of the logits, GB/s")
+    axes.set_title(f"Throughput, forward + backward ({clock}), {some['device'].iloc[0]}")
+    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
+    save("throughput.png", figure)
+
+    both = good[good["clock"] == clock].pivot_table(
+        index=["workload", "provider"], columns="pass", values="ms", sort=False
+    )
+    both["backward"] = (both["forward+backward"] - both["forward"]).clip(lower=0)
+    workloads = list(dict.fromkeys(both.index.get_level_values(0)))
+    columns = 2
+    rows = math.ceil(len(workloads) / columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(13, 2.6 * rows), squeeze=False)
+    for axes, workload in zip(grid.flat, workloads, strict=False):
+        stages = both.loc[workload]
+        axes.barh(stages.index, stages["forward"], label="forward")
+        axes.barh(stages.index, stages["backward"], left=stages["forward"], label="backward")
+        axes.set_title(workload, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.invert_yaxis()
+        axes.set_xlabel("ms", fontsize=8)
+    for axes in list(grid.flat)[len(workloads) :]:
+        axes.axis("off")
+    grid.flat[0].legend(fontsize=7)
+    figure.tight_layout()
+    save("stages.png", figure)
+
+    figure, axes = plt.subplots(figsize=(9, 5))
+    floor = 3 * some["logits_bytes"] / roof / 1e6
+    for name, group in some.assign(floor=floor).groupby("provider", sort=False):
+        axes.plot(group["floor"], group["ms"], "o", label=name, alpha=0.8)
+    ends = [floor.min(), floor.max()]
+    axes.plot(ends, ends, color="black", linestyle=":", label="the roof: bytes / bandwidth")
+    axes.set(xscale="log", yscale="log", xlabel="least time by bandwidth, ms", ylabel="time, ms")
+    axes.set_title("Distance from the limit, forward + backward")
+    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
+    save("roofline.png", figure)
+    return found
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the tables; write the plots and one page that holds everything."""
+    table = latest(read(options.file))
+    folder = options.to or options.file.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    about = table[["device", "capability", "driver", "torch", "triton", "commit", "date"]].drop_duplicates()
+    parts = [f"<h1>lmp_triton: {html.escape(options.file.name)}</h1>", about.to_html(index=False)]
+    print(about.to_string(index=False))
+    if not (table["status"] == "ok").any():
+        raise SystemExit(f"{options.file} holds no measured row of its last commit")
+    for title, pivot in pivots(table).items():
+        print(f"\n{title}")
+        print(pivot.to_string(float_format=lambda x: f"{x:.3g}", na_rep="–"))
+        parts.append(f"<h2>{html.escape(title)}</h2>" + pivot.to_html(float_format=lambda x: f"{x:.3g}", na_rep="–"))
+    for name, picture in plots(table).items():
+        (folder / name).write_bytes(picture)
+        parts.append(f'<p><img src="data:image/png;base64,{base64.b64encode(picture).decode()}" alt="{name}"></p>')
+    style = "<style>body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:2px 8px}</style>"
+    (folder / "report.html").write_text(f"<!doctype html><meta charset=utf-8>{style}" + "\n".join(parts))
+    print(f"\nwrote {folder / 'report.html'}")
+    return 0
+
+
+def side(spec: str) -> pd.DataFrame:
+    """FILE, or FILE@TEXT: only rows of a commit that starts so or of a device whose name holds TEXT."""
+    path, _, text = spec.partition("@")
+    table = read(Path(path))
+    if text:
+        chosen = table["commit"].str.startswith(text) | table["device"].str.contains(text, regex=False)
+        if not chosen.any():
+            raise SystemExit(f"{path} has no row of a commit or device like {text!r}")
+        table = table[chosen]
+    else:
+        table = latest(table)
+    return table[table["status"] == "ok"]
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Print the ratios of times, B to A; 1 if any is above the threshold."""
+    keys = ["workload", "provider", "pass", "clock"]
+    joined = side(options.a).merge(side(options.b), on=keys, suffixes=(" A", " B"))
+    if joined.empty:
+        raise SystemExit("the two sides have no workload and provider in common")
+    joined["ratio"] = joined["ms B"] / joined["ms A"]
+    joined = joined.sort_values("ratio", ascending=False)
+    print(joined[[*keys, "ms A", "ms B", "ratio"]].to_string(index=False, float_format=lambda x: f"{x:.3g}"))
+    slower = int((joined["ratio"] > options.threshold).sum())
+    print(f"\n{len(joined)} in common, {slower} slower by more than {options.threshold:g}×")
+    return 1 if slower else 0

@@ -1,0 +1,129 @@
+"""The perf suite works without a GPU: it times, resumes, refuses wrong results, reports and compares."""
+
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CUDA
+
+pandas = pytest.importorskip("pandas")
+pytest.importorskip("matplotlib")
+
+from lmp_triton.perf import bench, measure, providers, workloads  # noqa: E402
+
+from lmp_triton.cli import main  # noqa: E402
+
+PERF = Path(__file__).parents[1] / "perf"
+ALWAYS = ["lmp_triton, eager", "LMP by torch.sort", "F.cross_entropy"]
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Runs the smallest set; returns the path of its table."""
+    monkeypatch.setattr(measure, "SECONDS", 0.02)
+    path = tmp_path / "times.csv"
+
+    def run(*names):
+        assert main(["bench", "run", "--set", "tiny", "--out", str(path), "--providers", *names]) == 0
+        return path
+
+    return run
+
+
+def test_run_report_compare(table, tmp_path, capsys):
+    path = table(*ALWAYS)
+    rows = pandas.read_csv(path)
+    assert set(rows["provider"]) == set(ALWAYS) and (rows["status"] == "ok").all() and (rows["ms"] > 0).all()
+    assert (rows["p20"] <= rows["ms"]).all() and (rows["ms"] <= rows["p80"]).all()
+    assert set(rows["pass"]) == {"forward", "forward+backward"} and rows["device"].notna().all()
+    capsys.readouterr()
+    table(*ALWAYS)  # resumed: nothing is left to do
+    assert "0 to do" in capsys.readouterr().out
+    assert len(pandas.read_csv(path)) == len(rows)
+    assert main(["bench", "report", str(path), "--to", str(tmp_path / "report")]) == 0
+    assert "ratio to F.cross_entropy" in capsys.readouterr().out
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("data:image/png") == 3 and (tmp_path / "report" / "roofline.png").stat().st_size > 5000
+    assert main(["bench", "compare", str(path), str(path)]) == 0
+    slower = tmp_path / "slower.csv"
+    rows.assign(ms=2 * rows["ms"], commit="abc").to_csv(slower, index=False)
+    assert main(["bench", "compare", str(path), f"{slower}@abc"]) == 1
+    assert main(["bench", "compare", str(path), str(slower), "--threshold", "3"]) == 0
+    with pytest.raises(SystemExit, match="no row of a commit or device like"):
+        main(["bench", "compare", str(path), f"{slower}@H100"])
+
+
+def test_what_cannot_run_says_why(table, monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", None)
+    rows = pandas.read_csv(table("Liger cross-entropy"))
+    assert (
+        rows["status"].str.startswith("not available: liger-kernel is not installed").all() and rows["ms"].isna().all()
+    )
+
+
+@pytest.mark.parametrize("fault", ["value", "gradient"])
+def test_a_wrong_result_gets_no_speed(table, monkeypatch, fault):
+    def make(workload):
+        right = providers.ours("eager")(workload)
+
+        def loss(logits, target):
+            if fault == "value":
+                return right(logits, target) * (1 + 1e-4)
+            return right(logits, target) + 1e-3 * (logits - logits.detach()).sum()
+
+        return loss
+
+    monkeypatch.setitem(providers.PROVIDERS, "F.cross_entropy", providers.Provider(make, pooled=True))
+    rows = pandas.read_csv(table("F.cross_entropy"))
+    assert rows["status"].str.startswith("wrong: the").all() and rows["ms"].isna().all()
+
+
+@pytest.mark.parametrize("name", ["lmp_triton, eager", "LMP by torch.sort", "top-k (detectron2)", "OHEM (mmseg)"])
+def test_providers(name):
+    for workload in workloads.SETS["tiny"]:
+        logits, target = workload.make(torch.device("cpu"), 3)
+        value = providers.PROVIDERS[name].make(workload)(logits, target)
+        value.backward()
+        assert value.isfinite() and logits.grad.isfinite().all()
+
+
+def test_workloads():
+    """The trained ones are sure of most pixels, the untrained of none; both have ignored pixels."""
+    for workload in workloads.SETS["tiny"]:
+        logits, target = workload.make(torch.device("cpu"), 3)
+        losses = torch.nn.functional.cross_entropy(logits, target, reduction="none")[target != -100]
+        assert (losses < 0.1).float().mean() > 0.7 if workload.losses == "trained" else losses.min() > 0.3
+        assert 0 < (target == -100).sum() < 0.2 * target.numel()
+    assert all(w.logits_bytes < 2**33 for w in workloads.SETS["full"]) and len(workloads.SETS["full"]) > 35
+
+
+@pytest.mark.skipif(CUDA, reason="shows what it does without a GPU")
+def test_gpu_session_without_a_gpu(tmp_path):
+    command = ["bash", str(PERF / "gpu_session.sh"), "--out", str(tmp_path / "out")]
+    environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
+    said = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    assert "environment" in said and said.count("no GPU: not run") == 9
+    with tarfile.open(tmp_path / "out" / "gpu_session.tar.gz") as archive:
+        assert {"gpu_session/summary.txt", "gpu_session/environment.log"} <= set(archive.getnames())
+
+
+def test_a_stage_that_hangs_is_killed(tmp_path):
+    sys.path.insert(0, str(PERF))
+    try:
+        import gpu_session
+    finally:
+        sys.path.remove(str(PERF))
+    stage = gpu_session.Stage("hang", [sys.executable, "-c", "import time; print('on'); time.sleep(60)"], 1)
+    assert gpu_session.run_stage(stage, tmp_path / "log", 2.0, tmp_path).startswith("KILLED after")
+    assert "on" in (tmp_path / "log").read_text()
+    missing = gpu_session.Stage("missing", ["no-such-tool"], 1)
+    assert "not on this machine" in gpu_session.run_stage(missing, tmp_path / "log", 2.0, tmp_path)
+
+
+def test_machine_and_commit():
+    here = bench.machine(torch.device("cpu"))
+    assert set(here) == set(bench.MACHINE) and here["device"] and here["torch"] == torch.__version__
