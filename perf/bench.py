@@ -46,6 +46,7 @@ COLUMNS = (
     "peak_mib",
     "launches",
     "first_call_s",
+    "kernels_us",
 )
 
 
@@ -133,7 +134,9 @@ def _rows_of(workload: Workload, name: str, device: torch.device, roof: float) -
         run = measure.one_pass(loss, backward)
         shared: dict[str, object] = {"pass": "forward+backward" if backward else "forward", "first_call_s": first}
         if cuda:
-            shared["launches"] = measure.launches(run, inputs[0])
+            on_device = measure.device_times(run, inputs[0])
+            shared["launches"] = len(on_device)
+            shared["kernels_us"] = "; ".join(f"{name.split('(')[0][-40:]}={us:.1f}" for name, us in on_device[:12])
             shared["peak_mib"] = measure.peak_bytes(run, inputs[0]) / 2**20
         clocks: dict[str, measure.Series | str] = dict(measure.clock(run, inputs, device))
         if cuda:

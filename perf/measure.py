@@ -126,14 +126,15 @@ def graph(run: Callable[[Tensor, Tensor], None], inputs: tuple[Tensor, Tensor]) 
     return series(times)
 
 
-def launches(run: Callable[[Tensor, Tensor], None], inputs: tuple[Tensor, Tensor]) -> int:
-    """Kernels, memsets and copies of one run on the GPU."""
+def device_times(run: Callable[[Tensor, Tensor], None], inputs: tuple[Tensor, Tensor]) -> list[tuple[str, float]]:
+    """Name and microseconds of every kernel, memset and copy of one run on the GPU, in order."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         run(*inputs)
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return [(e.name, e.time_range.elapsed_us()) for e in sorted(events, key=lambda e: e.time_range.start)]
 
 
 def peak_bytes(run: Callable[[Tensor, Tensor], None], inputs: tuple[Tensor, Tensor]) -> int:
