@@ -40,6 +40,8 @@ def ours(backend: str, solver: str = "auto") -> Callable[[Workload], Loss]:
     """This project, one backend and solver."""
 
     def make(workload: Workload) -> Loss:
+        if backend == "triton" and not torch.cuda.is_available():
+            raise Unavailable("the kernels need a GPU")
         options = {"p": P, "ratio": RATIO, "scope": workload.scope, "backend": backend, "solver": solver}
         return functools.partial(lmp_triton.loss_max_pooling, **options)  # type: ignore[arg-type]
 
@@ -85,7 +87,9 @@ def by_sorting(workload: Workload) -> Loss:
 
 def liger(workload: Workload) -> Loss:
     """Liger-Kernel's fused cross-entropy; it takes (pixels, C), so the permutation counts."""
-    function = _package("liger_kernel.transformers.functional", "liger-kernel").liger_cross_entropy
+    function = _package("liger_kernel.transformers.functional", "liger-kernel").liger_cross_entropy  # type: ignore[attr-defined]
+    if not torch.cuda.is_available():
+        raise Unavailable("Liger's kernels need a GPU")
     classes = workload.shape[1]
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -55,9 +55,27 @@ def pivots(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
             found[f"{passes}, peak MiB above the inputs"] = memory
     problems = table[table["status"] != "ok"]
     if len(problems):
-        found["not measured, and why"] = (
-            problems[["workload", "provider", "status"]].drop_duplicates().set_index("workload")
-        )
+        reasons = problems.groupby(["provider", "status"], sort=False)["workload"].nunique()
+        found["not measured, and why"] = reasons.rename("workloads").reset_index().set_index("provider")
+    return found
+
+
+def stages_of(table: pd.DataFrame) -> dict[str, list[tuple[str, float]]]:
+    """The time of each provider of one workload and clock in stages, in ms.
+
+    Its kernels where there are few of them and they were profiled, forward and backward otherwise.
+    """
+    found = {}
+    for name, rows in table.groupby("provider", sort=False):
+        by_pass = rows.set_index("pass")
+        both = by_pass.loc["forward+backward"]
+        kernels = both.get("kernels_us")
+        if isinstance(kernels, str) and both["launches"] <= 8:
+            pairs = (part.rsplit("=", 1) for part in kernels.split("; "))
+            found[str(name)] = [(kernel, float(us) / 1e3) for kernel, us in pairs]
+        else:
+            forward = float(by_pass.loc["forward", "ms"])
+            found[str(name)] = [("forward", forward), ("backward", max(0.0, float(both["ms"]) - forward))]
     return found
 
 
@@ -90,25 +108,23 @@ def plots(table: pd.DataFrame) -> dict[str, bytes]:
     axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
     save("throughput.png", figure)
 
-    both = good[good["clock"] == clock].pivot_table(
-        index=["workload", "provider"], columns="pass", values="ms", sort=False
-    )
-    both["backward"] = (both["forward+backward"] - both["forward"]).clip(lower=0)
-    workloads = list(dict.fromkeys(both.index.get_level_values(0)))
-    columns = 2
-    rows = math.ceil(len(workloads) / columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(13, 2.6 * rows), squeeze=False)
+    workloads = list(dict.fromkeys(some["workload"]))
+    rows = math.ceil(len(workloads) / 2)
+    figure, grid = plt.subplots(rows, 2, figsize=(13, 2.8 * rows), squeeze=False)
     for axes, workload in zip(grid.flat, workloads, strict=False):
-        stages = both.loc[workload]
-        axes.barh(stages.index, stages["forward"], label="forward")
-        axes.barh(stages.index, stages["backward"], left=stages["forward"], label="backward")
+        for name, stages in stages_of(good[(good["clock"] == clock) & (good["workload"] == workload)]).items():
+            left = 0.0
+            for number, (stage, time) in enumerate(stages):
+                axes.barh(name, time, left=left, color=f"C{number % 10}")
+                if time > 0.15 * sum(t for _, t in stages):
+                    axes.text(left, name, " " + stage.removesuffix("_kernel")[:18], fontsize=6, va="center")
+                left += time
         axes.set_title(workload, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.invert_yaxis()
         axes.set_xlabel("ms", fontsize=8)
     for axes in list(grid.flat)[len(workloads) :]:
         axes.axis("off")
-    grid.flat[0].legend(fontsize=7)
     figure.tight_layout()
     save("stages.png", figure)
 

@@ -12,7 +12,7 @@ from conftest import CUDA
 pandas = pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
 
-from lmp_triton.perf import bench, measure, providers, workloads  # noqa: E402
+from lmp_triton.perf import bench, measure, providers, report, workloads  # noqa: E402
 
 from lmp_triton.cli import main  # noqa: E402
 
@@ -54,6 +54,14 @@ def test_run_report_compare(table, tmp_path, capsys):
     assert main(["bench", "compare", str(path), str(slower), "--threshold", "3"]) == 0
     with pytest.raises(SystemExit, match="no row of a commit or device like"):
         main(["bench", "compare", str(path), f"{slower}@H100"])
+
+
+def test_stages_of_a_profiled_provider():
+    """On a GPU a provider with few kernels is drawn kernel by kernel."""
+    rows = {"provider": "x", "pass": ["forward", "forward+backward"], "ms": [1.0, 3.0], "launches": [1, 2]}
+    profiled = pandas.DataFrame(rows | {"kernels_us": ["a_kernel=900.0", "a_kernel=900.0; b_kernel=2000.0"]})
+    assert report.stages_of(profiled) == {"x": [("a_kernel", 0.9), ("b_kernel", 2.0)]}
+    assert report.stages_of(pandas.DataFrame(rows)) == {"x": [("forward", 1.0), ("backward", 2.0)]}
 
 
 def test_what_cannot_run_says_why(table, monkeypatch):
