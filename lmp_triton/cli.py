@@ -59,6 +59,15 @@ def info(options: argparse.Namespace) -> int:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         reason = dispatch.obstacle(logits)
         print(f"{device} ({name}): {dispatch.choose(logits)}" + (f"; not triton: {reason}" if reason else ""))
+    if dispatch.has_triton():
+        from .kernels import configs
+
+        print("what the kernels would use, on every GPU (none was tuned yet):")
+        for classes in (2, 19, 32, 150, 1024):
+            print(f"  {classes} classes: {configs.pixel_config(classes)}")
+        print(f"  solver: sort for segments of up to {configs.SORT_UP_TO} pixels, select beyond")
+        print(f"  {configs.SELECT}")
+        print(f"  {configs.SORT}")
     return 0
 
 

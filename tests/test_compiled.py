@@ -47,3 +47,6 @@ def test_instructions_a_pixel(table):
     """About 480 are free at 3 TB/s on an H100 (an estimate of the design); the bounds sit a little above today's."""
     assert table.loc["softmax_losses bf16 C=19", "a pixel"] < 340
     assert table.loc["logits_gradient bf16 C=19", "a pixel"] < 440
+    # A loss: what perf/NOTES.md weighs the two solvers by.
+    assert table.loc["sort one run", "a pixel"] < 640
+    assert table.loc["sort runs", "a pixel"] < 940
