@@ -73,13 +73,13 @@ def test_order_of_pixels(rng, solver, device, p):
     """
     losses = torch.randn(1, 1500, device=device).mul(2).exp()
     weights, stats = solve(losses, p, **solver)
-    exact = solver.get("solver") == "select"
+    exact, tau = solver.get("solver") == "select", stats[2].max()
     for _ in range(3):
         order = torch.randperm(losses.shape[1], device=device)
         permuted_weights, permuted_stats = solve(losses[:, order], p, **solver)
         assert ulps(permuted_stats[1], stats[1]) <= (0 if exact else 2)  # α*
         torch.testing.assert_close(permuted_stats, stats, rtol=0 if exact else 1e-6, atol=0)
-        torch.testing.assert_close(permuted_weights, weights[:, order], rtol=0 if exact else 1e-5, atol=0)
+        torch.testing.assert_close(permuted_weights, weights[:, order], rtol=0, atol=0 if exact else 1e-6 * tau)
 
 
 @pytest.mark.parametrize("which", ["select", "sort"])
@@ -102,7 +102,7 @@ def test_tiling(rng, monkeypatch, device, which):
         weights, stats = solve(values, backend="triton", solver=which)
         exact = which == "select" and not passes
         assert ulps(stats[1], expected_stats[1]) <= (0 if exact else 2)  # α*
-        torch.testing.assert_close(weights, expected, rtol=0 if exact else 1e-5, atol=0)
+        torch.testing.assert_close(weights, expected, rtol=0, atol=0 if exact else 1e-6 * expected_stats[2].max())
 
 
 def test_repeats(rng, backend, device):
