@@ -241,10 +241,15 @@ def _search(losses: Tensor, m: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def _scan(sums: Tensor, edges: Tensor, q: Tensor) -> Tensor:
     """R_b = Σ_{j ≤ b} sums_j·(edge_j/edge_b)^q, by doubling; no term is ever above its sum, so none overflows."""
-    log2_power = q * edges.log2().clamp_min(-2000.0)  # edge 0 may be 0; its sum is 0 then
+    log2_edges = edges.log2().clamp_min(-2000.0)  # edge 0 may be 0; its sum is 0 then
     distance = 1
     while distance < edges.shape[1]:
-        factor = torch.exp2(log2_power[:, :-distance] - log2_power[:, distance:])
+        lower, upper = edges[:, :-distance], edges[:, distance:]
+        # Near 1 from the difference: two neighbours' logarithms may round to the same number, and with q without bound
+        # the lower one would then count in full.
+        near = _log2_ratio_near_(lower - upper, lower + upper)
+        far = log2_edges[:, :-distance] - log2_edges[:, distance:]
+        factor = torch.where(lower > 0.5 * upper, near, far).mul_(q).exp2_()
         sums = torch.cat([sums[:, :distance], sums[:, distance:] + sums[:, :-distance] * factor], 1)
         distance *= 2
     return sums

@@ -72,6 +72,14 @@ def test_every_small_n(rng, solver, device, p):
             check(losses, p, m / n, device, **solver)
 
 
+def test_p_1_in_float64_shares_the_last_of_m(rng):
+    """Weights 1/m on the largest ⌊m⌋ losses, the rest on the next: two float64s may have logarithms of one value."""
+    losses = torch.as_tensor(rng.gamma(2.0, 1.0, (3000, 12)), dtype=torch.float64)
+    weights, _ = lmp_triton.optimal_weights(losses, p=1.0, ratio=0.37, backend="eager")
+    expected = torch.tensor([1.0] * 4 + [0.44] + [0.0] * 7, dtype=torch.float64) / 4.44
+    assert torch.allclose(weights.sort(descending=True)[0], expected.expand_as(weights), atol=1e-12)
+
+
 def test_m_next_to_the_number_of_positive_losses(rng, solver, device):
     losses = np.append(rng.exponential(1, 40), np.zeros(60))
     for m in (39, 39.999, 40, 40.001, 41):
