@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, dispatch
+from . import checks, dispatch, operators
 from .autograd import FromLogits, FromLosses, Options
 from .types import PixelLosses, PoolingStats
 
@@ -62,8 +62,9 @@ def loss_max_pooling(
     Raises:
         ValueError, TypeError: an argument does not fit; names it, what it was and what it must be.
         IndexError: a label outside [0, C) that is not ignore_index, where labels are checked.
-        NotImplementedError: group.
+        NotImplementedError: group; a transform of torch.func, forward-mode differentiation.
     """
+    checks.transforms(logits)
     checks.options(p, ratio, scope, reduction, group, logits.device)
     checks.cross_entropy_options(weight, ignore_index, label_smoothing)
     checks.logits_and_target(logits, target, weight, scope)
@@ -78,7 +79,8 @@ def loss_max_pooling(
         return _nothing(logits, segments, reduction, return_stats)
     options = Options(backend, segments, reduction, solver, ignore_index, float(label_smoothing))
     weight = weight if weight is None else weight.contiguous()
-    outputs = FromLogits.apply(logits, target, weight, p, ratio, options)
+    pool = operators.pool_logits if _traced(backend) else FromLogits.apply
+    outputs = pool(logits, target, weight, p, ratio, options)
     return _result(outputs, backend, return_stats)
 
 
@@ -109,6 +111,7 @@ def pool_losses(
     Raises:
         ValueError, TypeError, NotImplementedError: as `loss_max_pooling`.
     """
+    checks.transforms(losses)
     checks.options(p, ratio, scope, reduction, group, losses.device)
     checks.losses_and_mask(losses, mask, scope)
     segments = losses.shape[0] if scope == "image" else 1
@@ -116,7 +119,8 @@ def pool_losses(
     backend = dispatch.choose(losses, backend, solver, segments)
     if not losses.numel():
         return _nothing(losses, segments, reduction, return_stats)
-    outputs = FromLosses.apply(losses, mask, p, ratio, Options(backend, segments, reduction, solver))
+    pool = operators.pool_losses if _traced(backend) else FromLosses.apply
+    outputs = pool(losses, mask, p, ratio, Options(backend, segments, reduction, solver))
     return _result(outputs, backend, return_stats)
 
 
@@ -138,6 +142,7 @@ def optimal_weights(
 
     The arguments and errors are those of `pool_losses`.
     """
+    checks.transforms(losses)
     checks.options(p, ratio, scope, "none", group, losses.device)
     checks.losses_and_mask(losses, mask, scope)
     segments = losses.shape[0] if scope == "image" else 1
@@ -146,13 +151,12 @@ def optimal_weights(
     backend = dispatch.choose(losses, backend, solver, segments)
     if not losses.numel():
         return losses.detach().to(dtype).view(shape), _no_stats(losses, segments)
-    stages = dispatch.module(backend)
+    pool = operators.pool_losses if _traced(backend) else FromLosses.apply
     with torch.no_grad():
-        pixels = stages.marked_losses(losses.detach(), mask, segments)
-        pooling = stages.solve(pixels, p, ratio, segments, "none", solver)
+        _, solution, counts, losses = pool(losses, mask, p, ratio, Options(backend, segments, "none", solver))
         one = torch.ones((), dtype=dtype, device=losses.device)
-        weights = stages.pixel_weights(pixels, pooling.solution, one, dtype)
-    return weights.view(shape), _stats(pooling.solution, pooling.counts, pixels.losses, backend)
+        weights = dispatch.module(backend).pixel_weights(PixelLosses(losses), solution, one, dtype)
+    return weights.view(shape), _stats(solution, counts, losses, backend)
 
 
 def upsampled_loss_max_pooling(
@@ -167,6 +171,11 @@ def upsampled_loss_max_pooling(
         "upsampled_loss_max_pooling is not built yet; until then: "
         "loss_max_pooling(F.interpolate(logits, target.shape[1:], mode='bilinear', align_corners=...), target)"
     )
+
+
+def _traced(backend: str) -> bool:
+    """Whether the kernels are to be called as operators."""
+    return backend == "triton" and torch.compiler.is_compiling()
 
 
 def _rows(x: Tensor) -> Tensor:

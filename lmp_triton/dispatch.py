@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from types import ModuleType
@@ -24,6 +23,8 @@ MAX_PIXELS = 2**31 - 2**16
 MAX_STRIDE = 2**20
 """Elements from one pixel to the next that 32-bit offsets inside a tile reach; channels_last has C."""
 
+NOT_INTERPRETING = "the tensors are on the CPU and TRITON_INTERPRET=1 is not set"
+
 
 def choose(values: Tensor, backend: str = "auto", solver: str = "auto", segments: int | None = None) -> str:
     """The backend that will serve a call on `values`: "triton" or "eager".
@@ -31,8 +32,8 @@ def choose(values: Tensor, backend: str = "auto", solver: str = "auto", segments
     Args:
         values: the logits (N, C, L) or the losses (N, L).
         segments: N, or 1 if all rows are pooled together; None: N.
-        backend: "auto" takes Triton on a CUDA GPU where it can serve, else eager. `LMP_TRITON_BACKEND` replaces
-            "auto"; a name in the call wins over it.
+        backend: "auto" takes Triton on a CUDA GPU where it can serve, else eager, and eager under `torch.export`.
+            `LMP_TRITON_BACKEND` replaces "auto"; a name in the call wins over it.
         solver: "auto", or one of the kernels' solvers, "select" and "sort".
 
     Raises:
@@ -51,7 +52,9 @@ def choose(values: Tensor, backend: str = "auto", solver: str = "auto", segments
         if reason:
             raise ValueError(f'backend="triton" cannot serve this call: {reason}')
     elif backend == "auto":
-        backend = "triton" if values.device.type == "cuda" and not obstacle(values, segments) else "eager"
+        # What is exported is to run where this package and Triton are not installed.
+        fit = values.device.type == "cuda" and not torch.compiler.is_exporting() and not obstacle(values, segments)
+        backend = "triton" if fit else "eager"
         # Nobody has run the kernels on AMD yet: there they are used when asked for by name.
         if torch.version.hip:
             backend = "eager"
@@ -73,10 +76,9 @@ def obstacle(values: Tensor, segments: int | None = None) -> str | None:
         return f"it takes up to {MAX_PIXELS} losses a segment, not {length}"
     if values.stride(-1) > MAX_STRIDE:
         return f"it takes pixels up to {MAX_STRIDE} elements apart, not {values.stride(-1)}"
-    if torch.compiler.is_compiling():
-        return "the kernels are not registered as operators for torch.compile yet"
-    if values.device.type == "cpu" and not interpreting():
-        return "the tensors are on the CPU and TRITON_INTERPRET=1 is not set"
+    # Dynamo can't trace into Triton's settings: in traced code the operators ask.
+    if values.device.type == "cpu" and not torch.compiler.is_compiling() and not interpreting():
+        return NOT_INTERPRETING
     if values.device.type not in ("cpu", "cuda"):
         return f"it runs on CUDA devices, not on {values.device.type}"
     if (
@@ -88,10 +90,12 @@ def obstacle(values: Tensor, segments: int | None = None) -> str | None:
     return None
 
 
-@functools.cache
+_FOUND = importlib.util.find_spec("triton") is not None  # here, since Dynamo can't trace the search
+
+
 def has_triton() -> bool:
     """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    return _FOUND
 
 
 def interpreting() -> bool:
@@ -102,9 +106,16 @@ def interpreting() -> bool:
 
 
 def module(name: str) -> ModuleType:
-    """The module of a backend that `choose` named. Triton is imported here, on first use."""
+    """The module of a backend that `choose` named. Triton is imported here, on first use.
+
+    Traced code gets the kernels as operators (and the two differentiable functions from there, not from `autograd`).
+    """
     if name == "eager":
         return eager
+    if torch.compiler.is_compiling():
+        from . import operators
+
+        return operators
     from . import fused
 
     return fused
