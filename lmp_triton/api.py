@@ -51,7 +51,7 @@ def loss_max_pooling(
             "auto" sorts short segments and searches long ones (`kernels/configs.py`).
         return_stats: return (loss, PoolingStats) instead of the loss; costs one more launch, and no host sync.
         check_targets: check the labels on a GPU too, at the price of a host sync (`LMP_TRITON_CHECK=1` does so for all
-            calls). On the CPU they are always checked.
+            calls). On the CPU they are always checked, in compiled code never.
 
     Returns:
         The loss, float32 (float64 for float64 logits): a scalar, or (S,) for reduction="none", with S = N for

@@ -70,7 +70,8 @@ def poisoned_allocations(monkeypatch):
     def poison(tensor):
         if tensor.device.type == "meta" or torch.compiler.is_compiling():
             return tensor
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else 0x7F)
+        with torch.no_grad():
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else 0x7F)
 
     for name in ("empty", "empty_like"):
         original = getattr(torch, name)

@@ -140,6 +140,19 @@ def test_grad_output_of_any_scale_and_stride(rng, backend, device):
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6 * grad_output.max().item())
 
 
+@pytest.mark.parametrize("engine", ["aot_eager", INDUCTOR])
+def test_solved_once(rng, device, engine, monkeypatch):
+    """What backward needs is kept, not computed again; and nothing is launched that nobody asked for."""
+    called = []
+    fused = pytest.importorskip("lmp_triton.fused")
+    for name in ("softmax_losses", "solve", "logits_gradient", "total_weight"):
+        original = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *a, f=original, name=name, **k: (called.append(name), f(*a, **k))[1])
+    parameter, step = model("triton", device)
+    torch.compile(step, fullgraph=True, backend=engine)(*data(device)).backward()
+    assert called == ["softmax_losses", "solve", "logits_gradient"] and parameter.grad is not None
+
+
 def test_bad_label_is_nan(rng, backend, device):
     logits, target = torch.randn(2, 3, 4, device=device), torch.full((2, 4), 7, device=device)
     step = torch.compile(lmp_triton.loss_max_pooling, fullgraph=True, backend="aot_eager")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import labelled
+from conftest import CUDA, labelled
 
 import lmp_triton
 from lmp_triton import LossMaxPooling, RatioSchedule, anneal
@@ -124,6 +124,32 @@ def test_a_tensor_compiles_once(rng, backend, device):
         seen.add(loss.item())
         schedule.step()
     assert counter.frame_count == 1 and len(seen) == 12
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_a_cuda_graph_reads_the_tensor(rng, backend, device):
+    logits, target = labelled((2, 40, 50), 5, device=device)
+    x = logits.requires_grad_()
+    criterion = LossMaxPooling(ratio=torch.tensor(0.25, device=device), ignore_index=255, backend=backend)
+    schedule = RatioSchedule(criterion, 4)
+
+    def step():
+        loss = criterion(x, target)
+        return loss, *torch.autograd.grad(loss, x)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles the kernels
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(5):
+        graph.replay()
+        for result, expected in zip(captured, step(), strict=True):
+            assert torch.equal(result, expected)
+        schedule.step()
 
 
 def test_schedule_of_a_compiled_criterion(rng, device):
