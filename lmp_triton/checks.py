@@ -27,7 +27,10 @@ NO_TRANSFORMS = (
 
 
 def transforms(*tensors: Tensor | None) -> None:
-    """Refuse what would be silently wrong (a zero tangent), silently slow (a loop), or an error from the depths."""
+    """Refuse what would be silently wrong (a zero tangent), silently slow (a loop), or an error from the depths.
+
+    (The first question has no public form; `autograd.Function.apply` asks it the same way.)
+    """
     if torch._C._are_functorch_transforms_active() or any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
     ):
