@@ -45,8 +45,7 @@ def arguments(device, call, parameter=float):
     """What `lmp_triton::pool_logits` takes."""
     tensors, smoothing, options = call
     logits, target, weight = inputs(device, **tensors)
-    if "channels_last" not in tensors:
-        logits, target = logits.detach().flatten(2).requires_grad_(), target.flatten(1)
+    logits, target = logits.detach().flatten(2).requires_grad_(), target.flatten(1)
     options = Options("triton", **{"segments": logits.shape[0], "reduction": "mean", **options})
     p, ratio = (parameter(x) for x in (1.3, 0.25))
     return logits, target, weight, p, ratio, options._replace(ignore_index=255, label_smoothing=smoothing)
@@ -62,7 +61,7 @@ def flat(p, ratio, options, *names):
 
 
 @pytest.mark.parametrize("parameter", [float, torch.tensor])
-@pytest.mark.parametrize("call", CALLS[:3])
+@pytest.mark.parametrize("call", CALLS)
 def test_opcheck_from_logits(rng, device, call, parameter):
     logits, target, weight, p, ratio, options = arguments(device, call, parameter)
     if isinstance(p, torch.Tensor):
@@ -95,7 +94,7 @@ def test_opcheck_from_losses(rng, device, reduction, masked):
     check(OPERATORS.total_weight, losses, solution)
 
 
-@pytest.mark.parametrize("call", CALLS[:3])
+@pytest.mark.parametrize("call", CALLS)
 def test_same_as_the_function(rng, device, call):
     """Bit for bit, forward and backward."""
     x, *rest = arguments(device, call)
