@@ -54,7 +54,7 @@ def refuse_second_derivative(grad: Tensor, *sources: Tensor) -> Tensor:
 
 
 class FromLogits(torch.autograd.Function):
-    """Logits (N, C, L) and target (N, L) to the pooled loss.
+    """Logits (N, C, *spatial) and target (N, *spatial) to the pooled loss.
 
     Returns (value, solution, counts, losses); only `value` is differentiable, and only by the logits.
     """
@@ -70,10 +70,18 @@ class FromLogits(torch.autograd.Function):
         options: Options,
     ) -> tuple[Tensor, ...]:
         stages = dispatch.module(options.backend)
-        pixels = stages.softmax_losses(
-            logits, target, weight, options.ignore_index, options.label_smoothing, options.segments
+        pixels, pooling = stages.pool_logits(
+            logits,
+            target,
+            weight,
+            options.ignore_index,
+            options.label_smoothing,
+            p,
+            ratio,
+            options.segments,
+            options.reduction,
+            options.solver,
         )
-        pooling = stages.solve(pixels, p, ratio, options.segments, options.reduction, options.solver)
         ctx.options = options
         ctx.save_for_backward(logits, weight, pooling.solution, pixels.losses, *pixels.saved)
         return _outputs(ctx, pixels, pooling)

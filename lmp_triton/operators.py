@@ -10,7 +10,6 @@ No operator has a derivative of its derivative, a batching rule or a forward der
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
@@ -21,7 +20,7 @@ from torch.library import custom_op
 
 from . import checks, dispatch
 from .autograd import NO_SECOND_DERIVATIVE, Options, refuse_second_derivative
-from .types import SOLUTION_ROWS, PixelLosses
+from .types import PixelLosses
 
 
 def pool_logits(
@@ -113,9 +112,18 @@ def _pool_logits(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Value, solution and counts (see `types.Pooling`), losses and what else backward needs (`types.PixelLosses`)."""
     checks.transforms(logits)
-    stages = _stages()
-    pixels = stages.softmax_losses(logits, target, weight, ignore_index, label_smoothing, segments)
-    pooling = stages.solve(pixels, _either(p_tensor, p), _either(ratio_tensor, ratio), segments, reduction, solver)
+    pixels, pooling = _stages().pool_logits(
+        logits,
+        target,
+        weight,
+        ignore_index,
+        label_smoothing,
+        _either(p_tensor, p),
+        _either(ratio_tensor, ratio),
+        segments,
+        reduction,
+        solver,
+    )
     return pooling.value, pooling.solution, pooling.counts, pixels.losses, list(pixels.saved)
 
 
@@ -172,13 +180,6 @@ OPERATORS = (_pool_logits, _logits_gradient, _pool_losses, _pixel_weights, _tota
 # --- what a compiler is told --------------------------------------------------------------------------------------
 
 
-def _pooled(x: Tensor, segments: int, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, solution and counts, without values; see `types.Pooling`."""
-    value = x.new_empty((segments,) if reduction == "none" else (), dtype=torch.float32)
-    solution = x.new_empty((len(SOLUTION_ROWS), segments), dtype=torch.float32)
-    return value, solution, x.new_empty((2, segments), dtype=torch.int64)
-
-
 @_pool_logits.register_fake
 def _(
     logits: Tensor,
@@ -194,17 +195,12 @@ def _(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    from .kernels import configs
-
     _require_interpreter(logits)
-    classes = logits.shape[1]
-    # (`torch.Size.numel` would make a constant of a symbolic shape.)
-    losses = logits.new_empty((target.shape[0], math.prod(target.shape[1:])), dtype=torch.float32)
-    # As `fused.softmax_losses`: narrow labels; −log softmax where it is needed and the loss is something else.
-    saved = [torch.empty_like(losses, dtype=torch.uint8 if classes <= 256 else torch.int16)]
-    if classes > configs.pixel_config(classes).chunk and (weight is not None or label_smoothing):
-        saved.append(torch.empty_like(losses))
-    return (*_pooled(logits, segments, reduction), losses, saved)
+    stages = _stages()
+    table = stages.configs.table(logits.device)
+    losses, *saved = stages.pixel_buffers(logits, table, weight is None and not label_smoothing)
+    pooling = stages.pooling_buffers(segments, reduction, logits.device)
+    return pooling.value, pooling.solution, pooling.counts, losses, [x for x in saved if x is not None]
 
 
 @_logits_gradient.register_fake
@@ -233,7 +229,8 @@ def _(
     solver: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _require_interpreter(values)
-    return (*_pooled(values, segments, reduction), values.new_empty(values.shape, dtype=torch.float32))
+    pooling = _stages().pooling_buffers(segments, reduction, values.device)
+    return pooling.value, pooling.solution, pooling.counts, values.new_empty(values.shape, dtype=torch.float32)
 
 
 @_pixel_weights.register_fake
