@@ -45,7 +45,6 @@ def arguments(device, call, parameter=float):
     """What `lmp_triton::pool_logits` takes."""
     tensors, smoothing, options = call
     logits, target, weight = inputs(device, **tensors)
-    logits, target = logits.detach().flatten(2).requires_grad_(), target.flatten(1)
     options = Options("triton", **{"segments": logits.shape[0], "reduction": "mean", **options})
     p, ratio = (parameter(x) for x in (1.3, 0.25))
     return logits, target, weight, p, ratio, options._replace(ignore_index=255, label_smoothing=smoothing)
