@@ -10,6 +10,7 @@ Nothing is compiled, read or started at import; Triton itself is imported on the
 from . import reference
 from .api import loss_max_pooling, optimal_weights, pool_losses, upsampled_loss_max_pooling
 from .modules import LossMaxPooling
+from .schedules import RatioSchedule, anneal
 from .types import PoolingStats
 
 __version__ = "0.1.0"
@@ -17,6 +18,8 @@ __version__ = "0.1.0"
 __all__ = [
     "LossMaxPooling",
     "PoolingStats",
+    "RatioSchedule",
+    "anneal",
     "loss_max_pooling",
     "optimal_weights",
     "pool_losses",

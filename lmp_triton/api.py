@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, dispatch
+from . import checks, dispatch, operators
 from .autograd import FromLogits, FromLosses, Options
 from .types import PixelLosses, PoolingStats
 
@@ -51,7 +51,7 @@ def loss_max_pooling(
             "auto" sorts short segments and searches long ones (`kernels/configs.py`).
         return_stats: return (loss, PoolingStats) instead of the loss; costs one more launch, and no host sync.
         check_targets: check the labels on a GPU too, at the price of a host sync (`LMP_TRITON_CHECK=1` does so for all
-            calls). On the CPU they are always checked.
+            calls). On the CPU they are always checked, in compiled code never.
 
     Returns:
         The loss, float32 (float64 for float64 logits): a scalar, or (S,) for reduction="none", with S = N for
@@ -62,8 +62,9 @@ def loss_max_pooling(
     Raises:
         ValueError, TypeError: an argument does not fit; names it, what it was and what it must be.
         IndexError: a label outside [0, C) that is not ignore_index, where labels are checked.
-        NotImplementedError: group.
+        NotImplementedError: group; a transform of torch.func, forward-mode differentiation.
     """
+    checks.transforms(logits)
     checks.options(p, ratio, scope, reduction, group, logits.device)
     checks.cross_entropy_options(weight, ignore_index, label_smoothing)
     checks.logits_and_target(logits, target, weight, scope)
@@ -76,7 +77,8 @@ def loss_max_pooling(
         return _nothing(logits, segments, reduction, return_stats)
     options = Options(backend, segments, reduction, solver, ignore_index, float(label_smoothing))
     weight = weight if weight is None else weight.contiguous()
-    outputs = FromLogits.apply(logits, target, weight, p, ratio, options)
+    pool = operators.pool_logits if _traced(backend) else FromLogits.apply
+    outputs = pool(logits, target, weight, p, ratio, options)
     return _result(outputs, backend, return_stats)
 
 
@@ -107,6 +109,7 @@ def pool_losses(
     Raises:
         ValueError, TypeError, NotImplementedError: as `loss_max_pooling`.
     """
+    checks.transforms(losses)
     checks.options(p, ratio, scope, reduction, group, losses.device)
     checks.losses_and_mask(losses, mask, scope)
     segments = losses.shape[0] if scope == "image" else 1
@@ -114,7 +117,8 @@ def pool_losses(
     backend = dispatch.choose(losses, backend, solver, segments)
     if not losses.numel():
         return _nothing(losses, segments, reduction, return_stats)
-    outputs = FromLosses.apply(losses, mask, p, ratio, Options(backend, segments, reduction, solver))
+    pool = operators.pool_losses if _traced(backend) else FromLosses.apply
+    outputs = pool(losses, mask, p, ratio, Options(backend, segments, reduction, solver))
     return _result(outputs, backend, return_stats)
 
 
@@ -136,6 +140,7 @@ def optimal_weights(
 
     The arguments and errors are those of `pool_losses`.
     """
+    checks.transforms(losses)
     checks.options(p, ratio, scope, "none", group, losses.device)
     checks.losses_and_mask(losses, mask, scope)
     segments = losses.shape[0] if scope == "image" else 1
@@ -144,13 +149,12 @@ def optimal_weights(
     backend = dispatch.choose(losses, backend, solver, segments)
     if not losses.numel():
         return losses.detach().to(dtype).view(shape), _no_stats(losses, segments)
-    stages = dispatch.module(backend)
+    pool = operators.pool_losses if _traced(backend) else FromLosses.apply
     with torch.no_grad():
-        pixels = stages.marked_losses(losses.detach(), mask, segments)
-        pooling = stages.solve(pixels, p, ratio, segments, "none", solver)
+        _, solution, counts, losses = pool(losses, mask, p, ratio, Options(backend, segments, "none", solver))
         one = torch.ones((), dtype=dtype, device=losses.device)
-        weights = stages.pixel_weights(pixels, pooling.solution, one, dtype)
-    return weights.view(shape), _stats(pooling.solution, pooling.counts, pixels.losses, backend)
+        weights = dispatch.module(backend).pixel_weights(PixelLosses(losses), solution, one, dtype)
+    return weights.view(shape), _stats(solution, counts, losses, backend)
 
 
 def upsampled_loss_max_pooling(
@@ -165,6 +169,11 @@ def upsampled_loss_max_pooling(
         "upsampled_loss_max_pooling is not built yet; until then: "
         "loss_max_pooling(F.interpolate(logits, target.shape[1:], mode='bilinear', align_corners=...), target)"
     )
+
+
+def _traced(backend: str) -> bool:
+    """Whether the kernels are to be called as operators."""
+    return backend == "triton" and torch.compiler.is_compiling()
 
 
 def _rows(x: Tensor) -> Tensor:
