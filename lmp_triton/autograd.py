@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, eager
 from .types import PixelLosses, Pooling
 
 
@@ -26,6 +26,15 @@ class Options(NamedTuple):
     solver: str = "auto"
     ignore_index: int = -100
     label_smoothing: float = 0.0
+    group: Any = None
+
+
+def solve(pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, options: Options) -> Pooling:
+    """The solve stage of the backend; over the ranks of a group the eager one, whoever computed the losses."""
+    if options.group is not None:
+        return eager.solve(pixels, p, ratio, options.segments, options.reduction, group=options.group)
+    stages = dispatch.module(options.backend)
+    return stages.solve(pixels, p, ratio, options.segments, options.reduction, options.solver)
 
 
 class _Once(torch.autograd.Function):
@@ -64,11 +73,10 @@ class FromLogits(torch.autograd.Function):
         ratio: float | Tensor,
         options: Options,
     ) -> tuple[Tensor, ...]:
-        stages = dispatch.module(options.backend)
-        pixels = stages.softmax_losses(
+        pixels = dispatch.module(options.backend).softmax_losses(
             logits, target, weight, options.ignore_index, options.label_smoothing, options.segments
         )
-        pooling = stages.solve(pixels, p, ratio, options.segments, options.reduction, options.solver)
+        pooling = solve(pixels, p, ratio, options)
         ctx.options = options
         ctx.save_for_backward(logits, weight, pooling.solution, pixels.losses, *pixels.saved)
         return _outputs(ctx, pixels, pooling)
@@ -93,9 +101,8 @@ class FromLosses(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, mask: Tensor | None, p: float | Tensor, ratio: float | Tensor, options: Options
     ) -> tuple[Tensor, ...]:
-        stages = dispatch.module(options.backend)
-        pixels = stages.marked_losses(values, mask, options.segments)
-        pooling = stages.solve(pixels, p, ratio, options.segments, options.reduction, options.solver)
+        pixels = dispatch.module(options.backend).marked_losses(values, mask, options.segments)
+        pooling = solve(pixels, p, ratio, options)
         ctx.options, ctx.dtype = options, values.dtype
         # The values themselves are kept for the graph of a second derivative only; they are the caller's.
         ctx.save_for_backward(values, pooling.solution, pixels.losses)

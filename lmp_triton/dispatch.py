@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,9 @@ MAX_STRIDE = 2**20
 """Elements from one pixel to the next that 32-bit offsets inside a tile reach; channels_last has C."""
 
 
-def choose(values: Tensor, backend: str = "auto", solver: str = "auto", segments: int | None = None) -> str:
+def choose(
+    values: Tensor, backend: str = "auto", solver: str = "auto", segments: int | None = None, group: Any = None
+) -> str:
     """The backend that will serve a call on `values`: "triton" or "eager".
 
     Args:
@@ -34,6 +37,7 @@ def choose(values: Tensor, backend: str = "auto", solver: str = "auto", segments
         backend: "auto" takes Triton on a CUDA GPU where it can serve, else eager. `LMP_TRITON_BACKEND` replaces
             "auto"; a name in the call wins over it.
         solver: "auto", or one of the kernels' solvers, "select" and "sort".
+        group: the process group to pool over, or None. A rank may bring no pixel at all: that is "eager".
 
     Raises:
         ValueError: an unknown name, or the backend asked for can't serve the call; the message says why.
@@ -57,6 +61,11 @@ def choose(values: Tensor, backend: str = "auto", solver: str = "auto", segments
             backend = "eager"
     if backend == "eager" and solver != "auto":
         raise ValueError(f'solver={solver!r} chooses among kernels; the eager backend takes solver="auto" only')
+    if group is not None:
+        if solver != "auto":
+            raise ValueError(f'solver={solver!r} chooses among kernels; with a group it must be "auto"')
+        if not values.numel():
+            return "eager"  # there is nothing to launch a kernel on, but the other ranks wait in the collectives
     return backend
 
 
