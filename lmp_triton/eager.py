@@ -125,7 +125,8 @@ def marked_losses(losses: Tensor, mask: Tensor | None, segments: int) -> PixelLo
     """A user's own losses (N, L) in the form the solver takes; mask (N, L): True where valid."""
     losses = losses.to(_real(losses))
     everywhere = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
-    return PixelLosses(_mark(losses, everywhere, everywhere))
+    # As rows they are viewed as segments: where() keeps the layout of a transposed view.
+    return PixelLosses(_mark(losses, everywhere, everywhere).contiguous())
 
 
 def _mark(losses: Tensor, good: Tensor, valid: Tensor) -> Tensor:
