@@ -46,12 +46,12 @@ def loss_max_pooling(
         reduction: "mean" over the segments (images, or the one batch) that have a valid pixel, "sum" over segments, or
             "none".
         group: a torch.distributed process group, with scope="batch": pool the pixels of all its ranks together. Every
-            rank must make the call, with the same options, number of classes and precision, at the price of five small
-            collectives in the forward pass (eight for float64) and none in the backward pass. The loss and the
-            statistics are the global ones, with the same bits on every rank; the gradient is ∂(global loss)/∂(local
-            logits), so multiply the loss by the world size under DistributedDataParallel, which averages gradients. A
-            rank may have no valid pixel, or an empty batch; one that raises, on bad input say, leaves the others
-            waiting. The threshold is found by the eager solver; solver must be "auto".
+            rank must make the call, with the same options and precision, at the price of five small collectives in the
+            forward pass (eight for float64; one more for return_stats) and none in the backward pass. The loss and the
+            statistics are the global ones, with the same bits on every rank (of the same kind of device); the gradient
+            is ∂(global loss)/∂(local logits), so multiply the loss by the world size under DistributedDataParallel,
+            which averages gradients. A rank may have no valid pixel, or an empty batch; one that raises, on bad input
+            say, leaves the others waiting. The threshold is found by the eager solver; solver must be "auto".
         backend: "auto", "triton" or "eager"; see `lmp_triton.dispatch.choose`. "auto" may fall back, a name may not.
         solver: "auto", "select" or "sort": which kernel finds the threshold; both find the same weights up to rounding.
             "auto" sorts short segments and searches long ones (`kernels/configs.py`).
