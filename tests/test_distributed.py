@@ -47,6 +47,7 @@ def cases():
         out[name] = (logits, ignored, {})
     out["few positive losses"] = (torch.full_like(logits, -99.0).scatter_(1, target[:, None] % 5, 99.0), target, {})
     out["few positive losses"][0][0, :, 0, :3] = 0.0
+    out["p = 1, m a whole number"] = (logits, target % 5, {"p": 1.0, "ratio": 0.5})
     out["a NaN"] = (logits.index_fill(0, torch.tensor(6), torch.nan), target, {})
     out["float64"] = (logits.double(), target, {"backend": "eager"})
     out["float16"] = (logits.half(), target, {})
