@@ -10,6 +10,7 @@ None of these packages is imported.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,9 @@ def obstacle(*, losses: Tensor | None = None, logits: Tensor | None = None, scop
     """
     if losses is not None and logits is None:
         checks.losses_and_mask(losses, None, scope)
-        return dispatch.obstacle(losses if losses.ndim == 1 else losses.flatten(1), 1 if scope == "batch" else None)
+        rows = (losses.shape[0], math.prod(losses.shape[1:])) if losses.ndim > 1 else (1, losses.shape[0])
+        stand_in = losses.detach().as_strided(rows, (0, 0))  # flatten() might copy
+        return dispatch.obstacle(stand_in, 1 if scope == "batch" else None)
     if logits is not None and losses is None:
         return dispatch.obstacle(logits.flatten(2), 1 if scope == "batch" else None)
     raise ValueError("obstacle takes either losses or logits")
