@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch, distributed
-from .autograd import FromLogits, FromLosses, Options, solve
+from .autograd import FromLogits, FromLosses, Options
 from .types import PixelLosses, PoolingStats
 
 
@@ -152,13 +152,12 @@ def optimal_weights(
     backend = dispatch.choose(losses, backend, solver, segments, group)
     if not losses.numel() and group is None:
         return losses.detach().to(dtype).view(shape), _no_stats(losses, segments)
-    stages, options = dispatch.module(backend), Options(backend, segments, "none", solver, group=group)
+    options = Options(backend, segments, "none", solver, group=group)
     with torch.no_grad():
-        pixels = stages.marked_losses(losses.detach(), mask, segments)
-        pooling = solve(pixels, p, ratio, options)
+        _, solution, counts, losses = FromLosses.apply(losses, mask, p, ratio, options)
         one = torch.ones((), dtype=dtype, device=losses.device)
-        weights = stages.pixel_weights(pixels, pooling.solution, one, dtype)
-    return weights.view(shape), _stats(pooling.solution, pooling.counts, pixels.losses, options)
+        weights = dispatch.module(backend).pixel_weights(PixelLosses(losses), solution, one, dtype)
+    return weights.view(shape), _stats(solution, counts, losses, options)
 
 
 def upsampled_loss_max_pooling(

@@ -29,7 +29,7 @@ class Options(NamedTuple):
     group: Any = None
 
 
-def solve(pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, options: Options) -> Pooling:
+def _solve(pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, options: Options) -> Pooling:
     """The solve stage of the backend; over the ranks of a group the eager one, whoever computed the losses."""
     if options.group is not None:
         return eager.solve(pixels, p, ratio, options.segments, options.reduction, group=options.group)
@@ -76,7 +76,7 @@ class FromLogits(torch.autograd.Function):
         pixels = dispatch.module(options.backend).softmax_losses(
             logits, target, weight, options.ignore_index, options.label_smoothing, options.segments
         )
-        pooling = solve(pixels, p, ratio, options)
+        pooling = _solve(pixels, p, ratio, options)
         ctx.options = options
         ctx.save_for_backward(logits, weight, pooling.solution, pixels.losses, *pixels.saved)
         return _outputs(ctx, pixels, pooling)
@@ -102,7 +102,7 @@ class FromLosses(torch.autograd.Function):
         ctx: Any, values: Tensor, mask: Tensor | None, p: float | Tensor, ratio: float | Tensor, options: Options
     ) -> tuple[Tensor, ...]:
         pixels = dispatch.module(options.backend).marked_losses(values, mask, options.segments)
-        pooling = solve(pixels, p, ratio, options)
+        pooling = _solve(pixels, p, ratio, options)
         ctx.options, ctx.dtype = options, values.dtype
         # The values themselves are kept for the graph of a second derivative only; they are the caller's.
         ctx.save_for_backward(values, pooling.solution, pixels.losses)

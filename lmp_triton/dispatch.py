@@ -51,11 +51,11 @@ def choose(
         if backend not in BACKENDS:
             raise ValueError(f"the environment variable {VARIABLE} must be one of {BACKENDS}, got {backend!r}")
     if backend == "triton":
-        reason = obstacle(values, segments)
+        reason = obstacle(values, segments, group)
         if reason:
             raise ValueError(f'backend="triton" cannot serve this call: {reason}')
     elif backend == "auto":
-        backend = "triton" if values.device.type == "cuda" and not obstacle(values, segments) else "eager"
+        backend = "triton" if values.device.type == "cuda" and not obstacle(values, segments, group) else "eager"
         # Nobody has run the kernels on AMD yet: there they are used when asked for by name.
         if torch.version.hip:
             backend = "eager"
@@ -69,7 +69,7 @@ def choose(
     return backend
 
 
-def obstacle(values: Tensor, segments: int | None = None) -> str | None:
+def obstacle(values: Tensor, segments: int | None = None, group: Any = None) -> str | None:
     """Why the kernels can't take `values`, or None if they can."""
     if not has_triton():
         return "Triton is not installed (it exists for Linux only)"
@@ -82,6 +82,8 @@ def obstacle(values: Tensor, segments: int | None = None) -> str | None:
         return f"it takes up to {MAX_PIXELS} losses a segment, not {length}"
     if values.stride(-1) > MAX_STRIDE:
         return f"it takes pixels up to {MAX_STRIDE} elements apart, not {values.stride(-1)}"
+    if group is not None and torch.compiler.is_compiling():
+        return "with a group, compiled code takes the eager backend: the collectives lie between two kernels"
     if torch.compiler.is_compiling():
         return "the kernels are not registered as operators for torch.compile yet"
     if values.device.type == "cpu" and not interpreting():

@@ -177,7 +177,7 @@ def solve(
     tau = torch.where(valid > 0, torch.exp2(-(n.log2() / q + m.log2() / p)), 0.0)
     poisoned = poisoned | ~((p >= 1) & (ratio > 0) & (ratio <= 1))
 
-    pivot, above, power_sum = _search(losses, positive, _fixed_point(length, wide), m, q, group)
+    pivot, above, power_sum = _search(losses, positive, _fixed_point(length, losses.device, wide), m, q, group)
     c = m - above
     log2_excess = torch.where(pivot > 0, (power_sum / c).clamp_min(1.0), 1.0).log2()
     alpha = pivot.to(wide) * torch.exp2(log2_excess / q)
@@ -206,12 +206,15 @@ def solve(
     return Pooling(loss, value, solution, torch.stack([valid, saturated]))
 
 
-def _fixed_point(length: int | Tensor, wide: torch.dtype) -> float | Tensor:
+def _fixed_point(length: int | Tensor, device: torch.device, wide: torch.dtype) -> float | Tensor:
     """A power of 2 to multiply numbers in [0, 1] by, such that the sum of `length` of them fits an int64."""
     if isinstance(length, int):
-        return 2.0 ** (62 - length.bit_length())
+        if not torch.compiler.is_compiling():
+            return 2.0 ** (62 - length.bit_length())
+        # It may be a symbol, which its bit length would make a constant.
+        length = torch.full((), length, dtype=torch.int64, device=device)
     # Shifts are exact everywhere, exp2 need not be.
-    bits = (length >= 1 << torch.arange(62, device=length.device)).sum()
+    bits = (length >= 1 << torch.arange(62, device=device)).sum()
     return (1 << (62 - bits)).to(wide)
 
 

@@ -320,11 +320,19 @@ def test_errors(group):
             lmp_triton.pool_losses(losses[None], **{"scope": "batch", **options})
 
 
+def test_compiled_code_takes_the_eager_backend(group, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(ValueError, match="with a group, compiled code takes the eager backend"):
+        lmp_triton.dispatch.choose(torch.ones(1, 3), "triton", segments=1, group=group)
+    assert lmp_triton.dispatch.choose(torch.ones(1, 3), segments=1, group=group) == "eager"
+
+
 def test_fixed_point():
     """Read from a tensor or a number: the same, and no sum overflows."""
     from lmp_triton.eager import _fixed_point
 
     for length in (0, 1, 2, 3, 4, 1023, 1024, 2**31 + 5, 2**40 - 1, 2**61):
-        scale = _fixed_point(length, torch.float64)
-        assert scale == _fixed_point(torch.tensor(length), torch.float64).item()
+        scale = _fixed_point(length, torch.device("cpu"), torch.float64)
+        assert scale == _fixed_point(torch.tensor(length), torch.device("cpu"), torch.float64).item()
         assert int(scale) * length < 2**63
