@@ -1,11 +1,13 @@
-"""Block sizes, warps and grids, as data. Nothing here was tuned on a GPU yet; see perf/NOTES.md."""
+"""Block sizes, warps, grids and thresholds, as data: one table an architecture. None was tuned on a GPU yet.
+
+What they rest on is in perf/NOTES.md and perf/results/static.csv: registers, spills, instructions. Nothing is tuned at
+run time.
+"""
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 
 class StreamConfig(NamedTuple):
@@ -18,14 +20,13 @@ class StreamConfig(NamedTuple):
     """Programs launched for each multiprocessor: enough to fill it, few enough that one walks several tiles."""
 
 
-STREAM = StreamConfig(block=1024, warps=4, programs=8)
-
-
-class PixelConfig(NamedTuple):
+class LogitsConfig(NamedTuple):
     """How a kernel walks the logits."""
 
+    rows: bool
+    """The classes of a pixel lie side by side and are loaded so; otherwise pixel vectors are, class by class."""
     chunk: int
-    """Classes held in registers at a time."""
+    """Classes held in registers at a time; below the number of classes: the softmax is an online one."""
     block: int
     """Pixels a tile."""
     warps: int
@@ -33,19 +34,32 @@ class PixelConfig(NamedTuple):
     """As in `StreamConfig`."""
 
 
-WHOLE = 32
-"""Up to here all classes of a pixel stay in registers; above, chunks of at most CHUNK with an online softmax."""
-CHUNK = 10
+class PixelVectors(NamedTuple):
+    """`LogitsConfig` for up to some number of classes, where pixels lie side by side."""
+
+    up_to: int
+    """Classes."""
+    chunk: int
+    """At most; below it all classes are one chunk."""
+    block: int
+    warps: int
+    programs: int
 
 
-def pixel_config(classes: int) -> PixelConfig:
-    """The configuration for a number of classes; `perf/static.py` shows the registers it comes to."""
-    if classes <= WHOLE:
-        # Above 24 classes, 4 pixels a thread would need more than 255 registers on sm_100: 2 then.
-        return PixelConfig(classes, 512 if classes <= 24 else 256, 4, 8)
-    # A chunk that divides the classes wastes no loads; otherwise the last one is masked.
-    chunk = next((size for size in range(CHUNK, 6, -1) if classes % size == 0), CHUNK)
-    return PixelConfig(chunk, 512, 4, 8)
+class ClassRows(NamedTuple):
+    """`LogitsConfig` where the classes of a pixel lie side by side."""
+
+    above: int
+    """Up to this many classes a thread loads those of a pixel one after another: rows of lanes would be half empty, and
+    adding up across them most of the work. The lines come from the first-level cache after the first class."""
+    block: int
+    """Pixels a tile up to there; above, elements / chunk, a chunk being what a warp loads at once."""
+    elements: int
+    """Logits a tile."""
+    wide_elements: int
+    """The same, where a thread loads 16 bytes at once."""
+    warps: int
+    programs: int
 
 
 class SelectConfig(NamedTuple):
@@ -58,11 +72,10 @@ class SelectConfig(NamedTuple):
     """As in `StreamConfig`."""
     capacity: int
     """Losses of the bracket the short list can hold; if there are more, the last program walks all losses."""
+    solve_block: int
+    """Losses of the list a tile, for the program that solves: four thresholds are tried on each."""
     passes: tuple[int, ...]
     """Segments longer than the k-th entry get k + 1 passes that narrow the bracket before the list is made."""
-
-
-SELECT = SelectConfig(block=1024, warps=16, programs=4, capacity=8192, passes=(1 << 13, 1 << 19, 1 << 25))
 
 
 class SortConfig(NamedTuple):
@@ -73,20 +86,99 @@ class SortConfig(NamedTuple):
     lanes: int
     """Runs searched at a time."""
     warps: int
+    up_to: int
+    """solver="auto": segments up to this length are sorted, longer ones searched."""
 
 
-SORT = SortConfig(run=2048, lanes=128, warps=8)
+class Table(NamedTuple):
+    """All there is to choose on one architecture."""
 
-SORT_UP_TO = 2048
-"""solver="auto": segments up to this length are sorted, longer ones searched. See perf/NOTES.md."""
+    pixels: tuple[PixelVectors, ...]
+    rows: ClassRows
+    stream: StreamConfig
+    select: SelectConfig
+    forward_solve_block: int
+    """`SelectConfig.solve_block` where the solve shares a launch, and so its warps, with the losses."""
+    sort: SortConfig
 
 
-def solver_for(length: int, solver: str) -> str:
+MAX_CLASSES = 1024
+
+AMPERE = Table(
+    pixels=(
+        PixelVectors(up_to=32, chunk=32, block=512, warps=4, programs=8),
+        PixelVectors(up_to=MAX_CLASSES, chunk=10, block=512, warps=4, programs=8),
+    ),
+    rows=ClassRows(above=32, block=128, elements=2048, wide_elements=4096, warps=4, programs=8),
+    stream=StreamConfig(block=1024, warps=4, programs=8),
+    select=SelectConfig(
+        block=1024, warps=16, programs=4, capacity=8192, solve_block=1024, passes=(1 << 13, 1 << 19, 1 << 25)
+    ),
+    forward_solve_block=128,
+    sort=SortConfig(run=2048, lanes=128, warps=8, up_to=2048),
+)
+# Above 24 classes, 4 pixels a thread would need more than 255 registers there: 2 then.
+BLACKWELL = AMPERE._replace(
+    pixels=(
+        PixelVectors(up_to=24, chunk=24, block=512, warps=4, programs=8),
+        PixelVectors(up_to=32, chunk=32, block=256, warps=4, programs=8),
+        AMPERE.pixels[-1],
+    )
+)
+TABLES: dict[int, Table] = {80: AMPERE, 86: AMPERE, 89: AMPERE, 90: AMPERE, 100: BLACKWELL, 120: BLACKWELL}
+"""By compute capability, 10 · major + minor."""
+
+
+def table_for(capability: int) -> Table:
+    """The table of a compute capability; of the next older one listed, or the oldest, if it is not."""
+    known = [listed for listed in sorted(TABLES) if listed <= capability]
+    return TABLES[known[-1] if known else min(TABLES)]
+
+
+@functools.cache
+def table(device: torch.device) -> Table:
+    """The table for a device: the oldest one in the interpreter, and on AMD GPUs, which have another numbering."""
+    if device.type != "cuda" or torch.version.hip:
+        return table_for(0)
+    major, minor = torch.cuda.get_device_capability(device)
+    return table_for(10 * major + minor)
+
+
+@functools.lru_cache(maxsize=1024)
+def pixel_config(table: Table, classes: int, adjacent_classes: bool = False) -> LogitsConfig:
+    """For a number of classes; `perf/static.py` shows the registers it comes to."""
+    if adjacent_classes:
+        return LogitsConfig(False, classes, table.rows.block, table.rows.warps, table.rows.programs)
+    entry = next(entry for entry in table.pixels if classes <= entry.up_to)
+    chunk = entry.chunk
+    if classes <= chunk:
+        chunk = classes
+    else:
+        # A chunk that divides the classes wastes no loads; otherwise the last one is masked.
+        chunk = next((size for size in range(chunk, chunk * 2 // 3, -1) if classes % size == 0), chunk)
+    return LogitsConfig(False, chunk, entry.block, entry.warps, entry.programs)
+
+
+@functools.lru_cache(maxsize=1024)
+def row_config(table: Table, classes: int, unit: int, itemsize: int) -> LogitsConfig:
+    """For rows of classes that start at multiples of `unit` elements of `itemsize` bytes."""
+    vector = min(unit, 16 // itemsize)  # what a thread loads at once
+    chunk = min(32 * vector, 1 << (classes - 1).bit_length())
+    elements = table.rows.wide_elements if vector * itemsize == 16 else table.rows.elements
+    return LogitsConfig(True, chunk, elements // chunk, table.rows.warps, table.rows.programs)
+
+
+def passes_for(length: int, config: SelectConfig) -> int:
+    """How many passes narrow the bracket of segments of `length` losses."""
+    return sum(length > longest for longest in config.passes)
+
+
+def solver_for(length: int, solver: str, config: SortConfig) -> str:
     """The solver "auto" means for segments of `length` losses; any other name is itself."""
-    return solver if solver != "auto" else "sort" if length <= SORT_UP_TO else "select"
+    return solver if solver != "auto" else "sort" if length <= config.up_to else "select"
 
 
-def programs(length: int, rows: int, config: StreamConfig | SelectConfig | PixelConfig, device: torch.device) -> int:
+def programs(length: int, rows: int, config: StreamConfig | SelectConfig | LogitsConfig, device: torch.device) -> int:
     """How many programs share the tiles of one row (an image or a segment), with `rows` rows in the launch.
 
     Grids have one dimension, rows × programs: the others end at 65535.
@@ -99,15 +191,6 @@ def programs(length: int, rows: int, config: StreamConfig | SelectConfig | Pixel
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; 1 in the interpreter, where programs run one after another."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def unit_of(*tensors: Tensor) -> int:
-    """The largest power of two up to 16 that divides the row length and the outer strides of (N, …, L) tensors.
-
-    Kernels get these sizes in units of it, multiplied back by a constant, so that the compiler knows what divides them
-    and loads vectors. By itself it looks for divisibility by 16 only, and 550·550 is divisible by 4.
-    """
-    return math.gcd(16, *(size for x in tensors for size in (x.shape[-1], *x.stride()[:-1])))
 
 
 def fraction_bits(length: int) -> int:

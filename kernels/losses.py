@@ -1,30 +1,30 @@
 """Stage one for losses that a user brings along: check them, mark the pixels that take no part, take statistics."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
-from .configs import programs, unit_of
+from .configs import StreamConfig, programs
+from .launch import kernel, launch
+from .layout import unit_of
 from .workspace import BINS, WORDS, poison, publish, tally
 
 
-@triton.jit(do_not_specialize=["programs_a_row", "length", "row_stride", "mask_row_stride"])
+@kernel
 def mark_losses_kernel(
     values,
     mask,
     losses,
     workspace,
-    programs_a_row,
-    length,
-    row_stride,
-    stride,
-    mask_row_stride,
-    mask_stride,
+    programs_a_row: tl.int32,
+    length: tl.int32,
+    row_stride: tl.int64,
+    stride: tl.int64,
+    mask_row_stride: tl.int64,
+    mask_stride: tl.int64,
     UNIT: tl.constexpr,
+    ADJACENT: tl.constexpr,
     PER_IMAGE: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Bring losses into the form of the solver; grid N × programs, which stride over the tiles.
@@ -34,11 +34,14 @@ def mark_losses_kernel(
             workspace: maximum, count and histogram of the segment, BINS + 2 atomics a program.
     Bytes   sizeof(value) + 1 read, 4 written a pixel.
 
-    length and the row strides are in units of UNIT elements, see `configs.unit_of`.
+    ADJACENT: the entries of a row of values and of mask lie side by side. length and the row strides are in units of
+    UNIT elements, see `layout.unit_of`.
     """
     length = length * UNIT
-    row_stride = tl.cast(row_stride, tl.int64) * UNIT
-    mask_row_stride = tl.cast(mask_row_stride, tl.int64) * UNIT
+    row_stride = row_stride * UNIT
+    mask_row_stride = mask_row_stride * UNIT
+    stride = 1 if ADJACENT else stride
+    mask_stride = 1 if ADJACENT else mask_stride
     row = (tl.program_id(0) // programs_a_row).to(tl.int64)
     maximum = tl.zeros([BLOCK], tl.int32)
     count = tl.zeros([BLOCK], tl.int32)
@@ -47,10 +50,10 @@ def mark_losses_kernel(
         start = tl.cast(tile, tl.int64) * BLOCK
         within = tl.arange(0, BLOCK)
         inside = start + within < length
-        loss = tl.load(values + row * row_stride + start * stride + within * stride, mask=inside, other=0.0)
+        loss = tl.load(values + row * row_stride + (start + within) * stride, mask=inside, other=0.0)
         valid = inside
-        if HAS_MASK:
-            there = mask + row * mask_row_stride + start * mask_stride + within * mask_stride
+        if mask is not None:
+            there = mask + row * mask_row_stride + (start + within) * mask_stride
             valid = inside & (tl.load(there, mask=inside, other=0) != 0)
         loss = poison(loss.to(tl.float32), valid)
         tl.store(losses + row * length + start + within, tl.where(valid, loss, -1.0), mask=inside)
@@ -59,26 +62,30 @@ def mark_losses_kernel(
     publish(workspace + segment * WORDS, maximum, count, histogram)
 
 
-def mark_losses(values: Tensor, mask: Tensor | None, losses: Tensor, workspace: Tensor) -> None:
+def mark_losses(values: Tensor, mask: Tensor | None, losses: Tensor, workspace: Tensor, config: StreamConfig) -> None:
     """Fill losses and workspace (zeroed by the caller) from values (N, L) and mask (N, L) bool."""
     rows, length = values.shape
-    unit = unit_of(values) if mask is None else unit_of(values, mask)
-    programs_a_row = programs(length, rows, configs.STREAM, values.device)
-    mark_losses_kernel[(rows * programs_a_row,)](
-        values,
-        mask if mask is None else mask.view(torch.uint8),
-        losses,
-        workspace,
-        programs_a_row,
-        length // unit,
-        values.stride(0) // unit,
-        values.stride(1),
-        0 if mask is None else mask.stride(0) // unit,
-        0 if mask is None else mask.stride(1),
-        UNIT=unit,
-        PER_IMAGE=workspace.numel() > WORDS.value + 1,
-        HAS_MASK=mask is not None,
-        BLOCK=configs.STREAM.block,
-        num_warps=configs.STREAM.warps,
-        enable_fp_fusion=True,
+    strides = values.stride()
+    mask_strides = strides if mask is None else mask.stride()
+    unit = unit_of(length, strides[0], mask_strides[0])
+    programs_a_row = programs(length, rows, config, values.device)
+    launch(
+        mark_losses_kernel,
+        rows * programs_a_row,
+        (values, mask if mask is None else mask.view(torch.uint8), losses, workspace),
+        (
+            programs_a_row,
+            length // unit,
+            strides[0] // unit,
+            strides[1],
+            mask_strides[0] // unit,
+            mask_strides[1],
+        ),
+        {
+            "UNIT": unit,
+            "ADJACENT": strides[1] == mask_strides[1] == 1,
+            "PER_IMAGE": workspace.numel() > WORDS.value + 1,
+            "BLOCK": config.block,
+        },
+        config.warps,
     )

@@ -73,16 +73,3 @@ def to_fixed(x, fraction_bits):
 def from_fixed(total, fraction_bits):
     """The float64 of a fixed-point total."""
     return total.to(tl.float64) * ((1023 - fraction_bits).to(tl.int64) << 52).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def load_scalar(value, IS_TENSOR: tl.constexpr):
-    """A float64 parameter: from a 0-dim tensor of that type, or the 64 bits of a Python float passed as an integer.
-
-    (A Python float would arrive as a float32, and p = 1.000001 as one whose q is 1 048 577.)
-    """
-    if IS_TENSOR:
-        result = tl.load(value)
-    else:
-        result = value.to(tl.int64).to(tl.float64, bitcast=True)
-    return result

@@ -4,26 +4,32 @@ With f(t) = |{ℓ > t}| + Σ_{ℓ ≤ t} (ℓ/t)^q − m, which falls as t grows
 a float32 with f(pivot) ≥ 0 and no loss between it and α*; `solution.write_solution` does the rest.
 
 1. The histogram of stage one brackets the pivot: lo < pivot ≤ hi.
-2. `narrow_bracket_kernel`, launched for long segments only, counts the losses of the bracket in 256 finer bins, and
-   the last program of a segment to finish writes the new bracket. Where few losses are left it does nothing.
-3. `select_kernel` walks all losses once: those in the bracket go to a short list, the others into integer totals. The
-   last program of a segment to finish tries K thresholds a round on the short list (on all losses if the list
+2. `narrow_bracket`, once or twice for long segments only, counts the losses of the bracket in 256 finer bins, and the
+   last program of a segment to finish writes the new bracket. Where few losses are left it does nothing.
+3. `collect_and_solve` walks all losses once: those in the bracket go to a short list, the others into integer totals.
+   The last program of a segment to finish tries K thresholds a round on the short list (on all losses if the list
    overflowed: many equal losses), until no loss is left in the bracket.
 
-Nobody waits for another program. The totals are integers and so are the sums over the list, whose order varies from
-run to run; the brackets follow from counts: the same input gives the same bits for every order of programs, every
-tiling and every permutation of the pixels of a segment.
+These are the phases of one kernel. In launches of one phase each nobody waits for another program; in one cooperative
+launch of all phases the programs of a segment wait for each other after each pass.
+
+The totals are integers and so are the sums over the list, whose order varies from run to run; the brackets follow from
+counts: the same input gives the same bits for every order of programs, every tiling and every permutation of the pixels
+of a segment.
 """
+
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
 from .bracket import THRESHOLDS, fine_shift, finer_bracket, first_bracket, narrow, propose
-from .configs import fraction_bits, programs, unit_of
+from .configs import SelectConfig, fraction_bits, passes_for, programs
+from .launch import TooLarge, kernel, launch, resident_programs
+from .layout import unit_of
 from .numerics import INF_BITS, bits_float, float_bits, from_fixed, normaliser, power, to_fixed
-from .solution import conjugate, load_p_and_ratio, segment_parameters, write_solution
+from .solution import Parameters, conjugate, load_parameter, segment_parameters, write_solution
 from .workspace import (
     ABOVE_COUNT,
     ABOVE_SUM,
@@ -35,12 +41,13 @@ from .workspace import (
     INSIDE,
     LISTED,
     LO,
+    PASSED,
     ROUNDS,
     WORDS,
+    raise_flag,
     take_ticket,
+    wait_for,
 )
-
-DYNAMIC = ["p", "ratio", "programs_a_row", "length", "capacity", "fraction_bits", "segments"]
 
 
 @triton.jit
@@ -77,46 +84,39 @@ def heaviest(source, length, lo, hi, pivot, norm, fraction_bits, BLOCK: tl.const
     return tl.sum(total, 0), tl.sum(ties, 0)
 
 
-@triton.jit(do_not_specialize=DYNAMIC)
-def narrow_bracket_kernel(
+@triton.jit
+def narrow_bracket(
     losses,
-    workspace,
-    p,
-    ratio,
-    programs_a_row,
+    here,
+    program,
+    programs_a_segment,
     length,
     capacity,
+    n,
+    max_bits,
+    m,
+    q32,
+    poisoned,
     fraction_bits,
-    P_IS_TENSOR: tl.constexpr,
-    RATIO_IS_TENSOR: tl.constexpr,
-    FIRST: tl.constexpr,
-    UNIT: tl.constexpr,
+    flag,
+    PASS: tl.constexpr,
+    WAIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Narrow the bracket of every segment to about two of 256 bins; grid S × programs, which stride over the tiles.
+    """Narrow the bracket of a segment to about two of 256 bins, unless it holds `capacity` losses or fewer.
 
-    Reads   losses (S, n) float32 once, unless the bracket holds no more than `capacity` of them; workspace: the
-            statistics of stage one (FIRST), or the bracket of the pass before.
-    Writes  workspace: LO, HI, INSIDE; the other words it uses are zero again.
-    Bytes   4 read a pixel, or none.
+    The program that ends last writes LO, HI and INSIDE; the other words it uses are zero again. With WAIT the others
+    wait for it, until PASSED is `flag`.
     """
-    length = length * UNIT
-    segment = (tl.program_id(0) // programs_a_row).to(tl.int64)
-    losses += segment * length
-    here = workspace + segment * WORDS
-    p, ratio = load_p_and_ratio(p, ratio, P_IS_TENSOR, RATIO_IS_TENSOR)
-    _exponent, q = conjugate(p)
-    q32 = q.to(tl.float32)
-    n, max_bits, m, poisoned = segment_parameters(here, p, ratio)
-    if FIRST:
+    if PASS == 0:
         lo, hi, inside = first_bracket(here, n, max_bits, m, q32)
     else:
-        lo = tl.load(here + LO).to(tl.int32)
-        hi = tl.load(here + HI).to(tl.int32)
-        inside = tl.load(here + INSIDE)
+        lo = tl.load(here + LO, cache_modifier=".cg").to(tl.int32)
+        hi = tl.load(here + HI, cache_modifier=".cg").to(tl.int32)
+        inside = tl.load(here + INSIDE, cache_modifier=".cg")
 
     if (inside <= capacity) | poisoned:
-        if FIRST:  # otherwise they are there
+        if PASS == 0:  # otherwise they are there; all programs write the same
             tl.store(here + LO, lo.to(tl.int64))
             tl.store(here + HI, hi.to(tl.int64))
             tl.store(here + INSIDE, inside)
@@ -126,7 +126,7 @@ def narrow_bracket_kernel(
         below = tl.zeros([BLOCK], tl.int64)
         above = tl.zeros([BLOCK], tl.int32)
         histogram = tl.zeros([FINE_BINS], tl.int32)
-        for tile in range(tl.program_id(0) % programs_a_row, tl.cdiv(length, BLOCK), programs_a_row):
+        for tile in range(program, tl.cdiv(length, BLOCK), programs_a_segment):
             index = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
             x = tl.load(losses + index, mask=index < length, other=-1.0)
             bits = float_bits(x)
@@ -140,7 +140,7 @@ def narrow_bracket_kernel(
         tl.atomic_add(here + ABOVE_COUNT, tl.sum(above, 0).to(tl.int64), sem="relaxed")
         tl.atomic_add(here + FINE + bins, histogram.to(tl.int64), mask=histogram > 0, sem="relaxed")
 
-        if take_ticket(here + FINISHED) == programs_a_row - 1:
+        if take_ticket(here + FINISHED) == programs_a_segment - 1:
             base = from_fixed(tl.load(here + BELOW_POWERS, cache_modifier=".cg"), fraction_bits)
             outside = tl.load(here + ABOVE_COUNT, cache_modifier=".cg")
             counts = tl.load(here + FINE + bins, cache_modifier=".cg")
@@ -153,10 +153,14 @@ def narrow_bracket_kernel(
             tl.store(here + BELOW_POWERS, tl.cast(0, tl.int64))
             tl.store(here + ABOVE_COUNT, tl.cast(0, tl.int64))
             tl.store(here + FINISHED, tl.cast(0, tl.int64))
+            if WAIT:
+                raise_flag(here + PASSED)
+        if WAIT:
+            wait_for(here + PASSED, flag)
 
 
-@triton.jit(do_not_specialize=DYNAMIC)
-def select_kernel(
+@triton.jit
+def collect_and_solve(
     losses,
     short_list,
     workspace,
@@ -164,42 +168,32 @@ def select_kernel(
     loss,
     counts,
     value,
-    p,
-    ratio,
-    programs_a_row,
+    segment,
+    program,
+    programs_a_segment,
     length,
     capacity,
+    n,
+    max_bits,
+    m,
+    p,
+    q,
+    poisoned,
     fraction_bits,
     segments,
-    P_IS_TENSOR: tl.constexpr,
-    RATIO_IS_TENSOR: tl.constexpr,
     NARROWED: tl.constexpr,
     REDUCTION: tl.constexpr,
-    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    SOLVE_BLOCK: tl.constexpr,
 ):
-    """Solve every segment; grid S × programs, which stride over the tiles.
-
-    Reads   losses (S, n) float32 once, then the short list (S, capacity), or the losses again, once a round by one
-            program; workspace: the statistics of stage one, or the bracket of a pass before (NARROWED).
-    Writes  solution (6, S) float32: α*, τ, pivot, drop, step, q − 1; loss (S,) float32; counts (2, S) int64: valid,
-            saturated; value () float32: the reduced loss. lmp_triton.types.Pooling says what they mean.
-    Bytes   4 read a pixel, and 4 read and written for each loss in the bracket.
-    Rounds  at most 31 (see `bracket.propose`); 3 or 4 as a rule, Newton's steps being quadratic.
-    """
-    length = length * UNIT
-    segment = (tl.program_id(0) // programs_a_row).to(tl.int64)
-    losses += segment * length
-    short_list += segment * capacity
+    """List the losses in the bracket of a segment and add up the others; the program that ends last solves."""
     here = workspace + segment * WORDS
-    p, ratio = load_p_and_ratio(p, ratio, P_IS_TENSOR, RATIO_IS_TENSOR)
-    _exponent, q = conjugate(p)
+    short_list += segment * capacity
     q32 = q.to(tl.float32)
-    n, max_bits, m, poisoned = segment_parameters(here, p, ratio)
     norm = normaliser(bits_float(max_bits))
     if NARROWED:
-        bracket_lo = tl.load(here + LO).to(tl.int32)
-        bracket_hi = tl.load(here + HI).to(tl.int32)
+        bracket_lo = tl.load(here + LO, cache_modifier=".cg").to(tl.int32)
+        bracket_hi = tl.load(here + HI, cache_modifier=".cg").to(tl.int32)
     else:
         bracket_lo, bracket_hi, _listed = first_bracket(here, n, max_bits, m, q32)
     low = bits_float(bracket_lo)
@@ -207,7 +201,7 @@ def select_kernel(
     below = tl.zeros([BLOCK], tl.int64)
     above = tl.zeros([BLOCK], tl.int32)
     above_sum = tl.zeros([BLOCK], tl.int64)
-    for tile in range(tl.program_id(0) % programs_a_row, tl.cdiv(length, BLOCK), programs_a_row):
+    for tile in range(program, tl.cdiv(length, BLOCK), programs_a_segment):
         index = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(losses + index, mask=index < length, other=-1.0)
         bits = float_bits(x)
@@ -226,7 +220,7 @@ def select_kernel(
     tl.atomic_add(here + ABOVE_COUNT, tl.sum(above, 0).to(tl.int64), sem="relaxed")
     tl.atomic_add(here + ABOVE_SUM, tl.sum(above_sum, 0), sem="relaxed")
 
-    if take_ticket(here + FINISHED) == programs_a_row - 1:
+    if take_ticket(here + FINISHED) == programs_a_segment - 1:
         listed = tl.atomic_add(here + LISTED, 0, sem="relaxed")
         outside = tl.atomic_add(here + ABOVE_COUNT, 0, sem="relaxed")
         base = from_fixed(tl.atomic_add(here + BELOW_POWERS, 0, sem="relaxed"), fraction_bits)
@@ -244,7 +238,7 @@ def select_kernel(
         rounds = 0
         while (hi - lo > 1) & (lo_above > hi_above) & (poisoned == 0):
             t = propose(lo, lo_above, lo_powers, hi, hi_above, hi_powers, m, q)
-            t_above, powers = evaluate(source, size, bracket_lo, bracket_hi, t, q32, fraction_bits, BLOCK)
+            t_above, powers = evaluate(source, size, bracket_lo, bracket_hi, t, q32, fraction_bits, SOLVE_BLOCK)
             at = bits_float(t)
             carried = tl.where(bracket_lo > 0, power(tl.minimum(low, at), at, q32), 0.0)
             t_powers = base * carried.to(tl.float64) + from_fixed(powers, fraction_bits)
@@ -253,7 +247,7 @@ def select_kernel(
             )
             rounds += 1
 
-        extra, ties = heaviest(source, size, bracket_lo, bracket_hi, lo, norm, fraction_bits, BLOCK)
+        extra, ties = heaviest(source, size, bracket_lo, bracket_hi, lo, norm, fraction_bits, SOLVE_BLOCK)
         heavy_sum = from_fixed(heavy + extra, fraction_bits - 2) / norm.to(tl.float64)
         tl.store(here + ROUNDS, rounds)
         write_solution(
@@ -278,6 +272,159 @@ def select_kernel(
         )
 
 
+@triton.jit
+def solve_segment(
+    losses,
+    short_list,
+    workspace,
+    solution,
+    loss,
+    counts,
+    value,
+    segment,
+    program,
+    programs_a_segment,
+    p,
+    p_tensor,
+    ratio,
+    ratio_tensor,
+    length,
+    capacity,
+    fraction_bits,
+    segments,
+    passed,
+    PASSES: tl.constexpr,
+    FIRST: tl.constexpr,
+    END: tl.constexpr,
+    WAIT: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SOLVE_BLOCK: tl.constexpr,
+):
+    """Phases FIRST to END − 1 of one of the programs of a segment: PASSES narrow the bracket, the last one solves."""
+    here = workspace + segment * WORDS
+    losses += segment * length
+    p, ratio = load_parameter(p, p_tensor), load_parameter(ratio, ratio_tensor)
+    _exponent, q = conjugate(p)
+    n, max_bits, m, poisoned = segment_parameters(here, p, ratio)
+    for phase in tl.static_range(FIRST, END):
+        if phase < PASSES:
+            narrow_bracket(
+                losses,
+                here,
+                program,
+                programs_a_segment,
+                length,
+                capacity,
+                n,
+                max_bits,
+                m,
+                q.to(tl.float32),
+                poisoned,
+                fraction_bits,
+                passed + phase + 1,
+                phase,
+                WAIT,
+                BLOCK,
+            )
+        else:
+            collect_and_solve(
+                losses,
+                short_list,
+                workspace,
+                solution,
+                loss,
+                counts,
+                value,
+                segment,
+                program,
+                programs_a_segment,
+                length,
+                capacity,
+                n,
+                max_bits,
+                m,
+                p,
+                q,
+                poisoned,
+                fraction_bits,
+                segments,
+                PASSES > 0,
+                REDUCTION,
+                BLOCK,
+                SOLVE_BLOCK,
+            )
+
+
+@kernel
+def select_kernel(
+    losses,
+    short_list,
+    workspace,
+    solution,
+    loss,
+    counts,
+    value,
+    p_tensor,
+    ratio_tensor,
+    p: tl.int64,
+    ratio: tl.int64,
+    programs_a_segment: tl.int32,
+    length: tl.int32,
+    capacity: tl.int32,
+    fraction_bits: tl.int32,
+    segments: tl.int32,
+    UNIT: tl.constexpr,
+    PASSES: tl.constexpr,
+    FIRST: tl.constexpr,
+    END: tl.constexpr,
+    WAIT: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SOLVE_BLOCK: tl.constexpr,
+):
+    """Solve every segment, or one phase of it; grid S × programs, which stride over the tiles.
+
+    Reads   losses (S, n) float32 once in each phase, or not at all where no pass is needed; in the last one then the
+            short list (S, capacity), or the losses again, once a round by one program; workspace: the statistics of
+            stage one.
+    Writes  solution (6, S) float32: α*, τ, pivot, drop, step, q − 1; loss (S,) float32; counts (2, S) int64: valid,
+            saturated; value () float32: the reduced loss. lmp_triton.types.Pooling says what they mean.
+    Bytes   4 read a pixel and phase, and 4 read and written for each loss in the bracket.
+    Rounds  at most 31 (see `bracket.propose`); 3 or 4 as a rule, Newton's steps being quadratic.
+    Waits   with WAIT, in a launch of more than one phase, for the other programs of the segment after each pass: then
+            all programs must be on the device at once, which a cooperative launch guarantees.
+    """
+    solve_segment(
+        losses,
+        short_list,
+        workspace,
+        solution,
+        loss,
+        counts,
+        value,
+        (tl.program_id(0) // programs_a_segment).to(tl.int64),
+        tl.program_id(0) % programs_a_segment,
+        programs_a_segment,
+        p,
+        p_tensor,
+        ratio,
+        ratio_tensor,
+        length * UNIT,
+        capacity,
+        fraction_bits,
+        segments,
+        0,
+        PASSES,
+        FIRST,
+        END,
+        WAIT,
+        REDUCTION,
+        BLOCK,
+        SOLVE_BLOCK,
+    )
+
+
 def select(
     losses: Tensor,
     short_list: Tensor,
@@ -286,41 +433,23 @@ def select(
     loss: Tensor,
     counts: Tensor,
     value: Tensor,
-    p: int | Tensor,
-    ratio: int | Tensor,
+    parameters: Parameters,
     reduction: str,
+    config: SelectConfig,
+    cooperative: bool = False,
 ) -> None:
     """Fill solution (6, S), loss (S,), counts (2, S) and value () from losses (S, n) and the workspace of stage one.
 
-    With reduction "none" value is not written. Launches: 1, and one more for each of SELECT.passes that n exceeds.
+    With reduction "none" value is not written. Launches: 1, and one more for each of config.passes that n exceeds; with
+    `cooperative` always 1, if all programs fit on the device at once.
 
-    p and ratio: a float64 0-dim tensor on the device of the losses, or the bits of a float64 as an integer.
+    Raises:
+        TooLarge: with `cooperative`, if they don't; nothing was launched.
     """
     segments, length = losses.shape
-    unit = unit_of(losses)
-    capacity = short_list.shape[1]
-    programs_a_row = programs(length, segments, configs.SELECT, losses.device)
-    grid = (segments * programs_a_row,)
-    passes = sum(length > longest for longest in configs.SELECT.passes)
-    for i in range(passes):
-        narrow_bracket_kernel[grid](
-            losses,
-            workspace,
-            p,
-            ratio,
-            programs_a_row,
-            length // unit,
-            capacity,
-            fraction_bits(length),
-            P_IS_TENSOR=isinstance(p, Tensor),
-            RATIO_IS_TENSOR=isinstance(ratio, Tensor),
-            FIRST=i == 0,
-            UNIT=unit,
-            BLOCK=configs.SELECT.block,
-            num_warps=configs.SELECT.warps,
-            enable_fp_fusion=True,
-        )
-    select_kernel[grid](
+    unit = unit_of(length)
+    passes = passes_for(length, config)
+    tensors = (
         losses,
         short_list,
         workspace,
@@ -328,19 +457,42 @@ def select(
         loss,
         counts,
         value,
-        p,
-        ratio,
-        programs_a_row,
-        length // unit,
-        capacity,
-        fraction_bits(length),
-        segments,
-        P_IS_TENSOR=isinstance(p, Tensor),
-        RATIO_IS_TENSOR=isinstance(ratio, Tensor),
-        NARROWED=passes > 0,
-        REDUCTION=reduction,
-        UNIT=unit,
-        BLOCK=configs.SELECT.block,
-        num_warps=configs.SELECT.warps,
-        enable_fp_fusion=True,
+        parameters.p_tensor,
+        parameters.ratio_tensor,
     )
+
+    numbers = (length // unit, short_list.shape[1], fraction_bits(length), segments)
+
+    def constants(first: int, end: int) -> dict[str, Any]:
+        return {
+            "UNIT": unit,
+            "PASSES": passes,
+            "FIRST": first,
+            "END": end,
+            "WAIT": cooperative,
+            "REDUCTION": reduction,
+            "BLOCK": config.block,
+            "SOLVE_BLOCK": config.solve_block,
+        }
+
+    programs_a_segment = programs(length, segments, config, losses.device)
+    phases = [(phase, phase + 1) for phase in range(passes + 1)]
+    if cooperative:
+        phases = [(0, passes + 1)]
+        given = (parameters.p, parameters.ratio, 1, *numbers)
+        room = resident_programs(select_kernel, tensors, given, constants(*phases[0]), config.warps)
+        # One after another, as in the interpreter, programs can't wait for each other: one a segment.
+        programs_a_segment = 1 if room is None else min(programs_a_segment, room // segments)
+        if programs_a_segment < 1:
+            raise TooLarge(f"{segments} segments, but only {room} programs are on the device at once")
+    given = (parameters.p, parameters.ratio, programs_a_segment, *numbers)
+    for phase in phases:
+        launch(
+            select_kernel,
+            segments * programs_a_segment,
+            tensors,
+            given,
+            constants(*phase),
+            config.warps,
+            cooperative,
+        )

@@ -1,12 +1,32 @@
 """What every solver starts from and ends with: the parameters of a segment, its solution, the reduced loss."""
 
+import struct
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .numerics import INF_BITS, Q_CAP, bits_float, load_scalar
+from .numerics import INF_BITS, Q_CAP, bits_float
 from .workspace import MAXIMUM, VALID, WORDS, take_ticket
 
 UNIFORM_PIVOT = tl.constexpr(-0.5)  # below every loss, above the −1 of ignored pixels: all valid pixels get τ
+
+
+class Parameters(NamedTuple):
+    """p and ratio as the solvers take them: the 64 bits of a float, or a float64 0-dim tensor on the device."""
+
+    p: int
+    ratio: int
+    p_tensor: Tensor | None
+    ratio_tensor: Tensor | None
+
+
+def parameters(p: float | Tensor, ratio: float | Tensor) -> Parameters:
+    """Of what a user gave."""
+    bits = [0 if isinstance(x, Tensor) else struct.unpack("<q", struct.pack("<d", x))[0] for x in (p, ratio)]
+    tensors = [x.double() if isinstance(x, Tensor) else None for x in (p, ratio)]
+    return Parameters(*bits, *tensors)
 
 
 @triton.jit
@@ -19,17 +39,24 @@ def conjugate(p):
 @triton.jit
 def segment_parameters(segment_workspace, p, ratio):
     """n, the largest loss as a bit pattern, m in float64, and whether the segment's loss is NaN."""
-    n = tl.load(segment_workspace + VALID)
-    max_bits = tl.load(segment_workspace + MAXIMUM).to(tl.int32)
+    n = tl.load(segment_workspace + VALID, cache_modifier=".cg")
+    max_bits = tl.load(segment_workspace + MAXIMUM, cache_modifier=".cg").to(tl.int32)
     m = tl.maximum(tl.minimum(ratio * n.to(tl.float64), n.to(tl.float64)), 1.0)
     poisoned = (max_bits >= INF_BITS) | (p < 1) | (p != p) | (ratio <= 0) | (ratio > 1) | (ratio != ratio)
     return n, max_bits, m, poisoned
 
 
 @triton.jit
-def load_p_and_ratio(p, ratio, P_IS_TENSOR: tl.constexpr, RATIO_IS_TENSOR: tl.constexpr):
-    """Both as float64."""
-    return load_scalar(p, P_IS_TENSOR), load_scalar(ratio, RATIO_IS_TENSOR)
+def load_parameter(bits, tensor):
+    """p or ratio as a float64: from a 0-dim tensor of that type if there is one, or the 64 bits of a Python float.
+
+    (A Python float would arrive as a float32, and p = 1.000001 as one whose q is 1 048 577.)
+    """
+    if tensor is not None:
+        value = tl.load(tensor)
+    else:
+        value = bits.to(tl.int64).to(tl.float64, bitcast=True)
+    return value
 
 
 @triton.jit

@@ -19,11 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
 from .bracket import THRESHOLDS, add_powers, decay, first_bracket, narrow, propose
-from .configs import fraction_bits, unit_of
+from .configs import SortConfig, fraction_bits
+from .launch import kernel, launch
+from .layout import unit_of
 from .numerics import bits_float, float_bits, from_fixed, normaliser, power, to_fixed
-from .solution import conjugate, load_p_and_ratio, segment_parameters, write_solution
+from .solution import Parameters, conjugate, load_parameter, segment_parameters, write_solution
 from .workspace import FINISHED, ROUNDS, WORDS, take_ticket
 
 
@@ -83,7 +84,7 @@ def heaviest_of_runs(
     return tl.sum(total, 0), tl.sum(ties, 0)
 
 
-@triton.jit(do_not_specialize=["p", "ratio", "runs", "length", "fraction_bits", "segments"])
+@kernel
 def sort_kernel(
     losses,
     sorted_runs,
@@ -94,14 +95,14 @@ def sort_kernel(
     loss,
     counts,
     value,
-    p,
-    ratio,
-    runs,
-    length,
-    fraction_bits,
-    segments,
-    P_IS_TENSOR: tl.constexpr,
-    RATIO_IS_TENSOR: tl.constexpr,
+    p_tensor,
+    ratio_tensor,
+    p: tl.int64,
+    ratio: tl.int64,
+    runs: tl.int32,
+    length: tl.int32,
+    fraction_bits: tl.int32,
+    segments: tl.int32,
     REDUCTION: tl.constexpr,
     ONE_RUN: tl.constexpr,
     UNIT: tl.constexpr,
@@ -124,7 +125,7 @@ def sort_kernel(
     segment = (tl.program_id(0) // runs).to(tl.int64)
     run = tl.program_id(0) % runs
     here = workspace + segment * WORDS
-    p, ratio = load_p_and_ratio(p, ratio, P_IS_TENSOR, RATIO_IS_TENSOR)
+    p, ratio = load_parameter(p, p_tensor), load_parameter(ratio, ratio_tensor)
     _exponent, q = conjugate(p)
     q32 = q.to(tl.float32)
     n, max_bits, m, poisoned = segment_parameters(here, p, ratio)
@@ -245,39 +246,46 @@ def sort(
     loss: Tensor,
     counts: Tensor,
     value: Tensor,
-    p: int | Tensor,
-    ratio: int | Tensor,
+    parameters: Parameters,
     reduction: str,
+    config: SortConfig,
 ) -> None:
-    """As `select.select`, with scratch (1 or 3, S·runs·RUN) int32: 1 where n ≤ RUN."""
+    """As `select.select`, with scratch (1 or 3, S·runs·RUN) int32: 1 where n ≤ RUN. Launches: 1."""
     segments, length = losses.shape
-    unit = unit_of(losses)
-    runs = -(-length // configs.SORT.run)
+    unit = unit_of(length)
+    runs = -(-length // config.run)
     sorted_runs, powers, sums = (*scratch, None, None)[:3]
-    sort_kernel[(segments * runs,)](
-        losses,
-        sorted_runs,
-        powers if powers is None else powers.view(losses.dtype),
-        sums if sums is None else sums.view(losses.dtype),
-        workspace,
-        solution,
-        loss,
-        counts,
-        value,
-        p,
-        ratio,
-        runs,
-        length // unit,
-        fraction_bits(length),
-        segments,
-        P_IS_TENSOR=isinstance(p, Tensor),
-        RATIO_IS_TENSOR=isinstance(ratio, Tensor),
-        REDUCTION=reduction,
-        ONE_RUN=runs == 1,
-        UNIT=unit,
-        RUN=configs.SORT.run,
-        STEPS=configs.SORT.run.bit_length(),
-        LANES=configs.SORT.lanes,
-        num_warps=configs.SORT.warps,
-        enable_fp_fusion=True,
+    launch(
+        sort_kernel,
+        segments * runs,
+        (
+            losses,
+            sorted_runs,
+            powers if powers is None else powers.view(losses.dtype),
+            sums if sums is None else sums.view(losses.dtype),
+            workspace,
+            solution,
+            loss,
+            counts,
+            value,
+            parameters.p_tensor,
+            parameters.ratio_tensor,
+        ),
+        (
+            parameters.p,
+            parameters.ratio,
+            runs,
+            length // unit,
+            fraction_bits(length),
+            segments,
+        ),
+        {
+            "REDUCTION": reduction,
+            "ONE_RUN": runs == 1,
+            "UNIT": unit,
+            "RUN": config.run,
+            "STEPS": config.run.bit_length(),
+            "LANES": config.lanes,
+        },
+        config.warps,
     )

@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
-from .configs import fraction_bits, programs, unit_of
+from .configs import StreamConfig, fraction_bits, programs
+from .launch import kernel, launch
+from .layout import unit_of
 from .numerics import log2_ratio, to_fixed
 
 
@@ -27,31 +28,29 @@ def segment_scale(solution, grad_output, grad_output_stride, segments, segment):
     return pivot, drop, tl.load(solution + 5 * segments + segment), scale
 
 
-@triton.jit(do_not_specialize=["programs_a_row", "grad_output_stride", "segments", "length", "fraction_bits"])
+@kernel
 def pixel_weights_kernel(
     losses,
     solution,
     grad_output,
     weights,
     totals,
-    programs_a_row,
-    grad_output_stride,
-    segments,
-    length,
-    fraction_bits,
+    programs_a_row: tl.int32,
+    grad_output_stride: tl.int64,
+    segments: tl.int32,
+    length: tl.int32,
+    fraction_bits: tl.int32,
     UNIT: tl.constexpr,
-    WRITE: tl.constexpr,
-    SUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """w*·grad_output of every pixel, and Σ w*/τ of every segment; grid S × programs, which stride over the tiles.
 
     Reads   losses (S, n) float32; the solution; grad_output float32, () or (S,).
-    Writes  weights (S, n), any float type, rounded once, with WRITE; totals (S,) int64, fixed point, zeroed by the
-            caller, one atomic a program, with SUM.
+    Writes  weights (S, n), any float type, rounded once, or None; totals (S,) int64, fixed point, zeroed by the
+            caller, one atomic a program, or None.
     Bytes   4 read, sizeof(weight) written a pixel.
 
-    length is in units of UNIT elements, see `configs.unit_of`.
+    length is in units of UNIT elements, see `layout.unit_of`.
     """
     length = length * UNIT
     segment = (tl.program_id(0) // programs_a_row).to(tl.int64)
@@ -62,12 +61,12 @@ def pixel_weights_kernel(
         inside = index < length
         loss = tl.load(losses + segment * length + index, mask=inside, other=-1.0)
         weight = relative_weight(loss, pivot, drop, exponent)
-        if WRITE:
+        if weights is not None:
             scaled = tl.where(loss == -1.0, 0.0, weight * scale)
             tl.store(weights + segment * length + index, scaled.to(weights.dtype.element_ty), mask=inside)
-        if SUM:
+        if totals is not None:
             total += to_fixed(weight, fraction_bits)
-    if SUM:
+    if totals is not None:
         tl.atomic_add(totals + segment, tl.sum(total, 0), sem="relaxed")
 
 
@@ -77,26 +76,23 @@ def pixel_weights(
     grad_output: Tensor,
     weights: Tensor | None,
     totals: Tensor | None,
+    config: StreamConfig,
 ) -> None:
     """Fill weights (S, n) and totals (S,), whichever is given, from losses (S, n) and the solution of `select`."""
     segments, length = losses.shape
-    unit = unit_of(losses)
-    programs_a_row = programs(length, segments, configs.STREAM, losses.device)
-    pixel_weights_kernel[(segments * programs_a_row,)](
-        losses,
-        solution,
-        grad_output,
-        weights,
-        totals,
-        programs_a_row,
-        grad_output.stride(0) if grad_output.ndim else 0,
-        segments,
-        length // unit,
-        fraction_bits(length),
-        UNIT=unit,
-        WRITE=weights is not None,
-        SUM=totals is not None,
-        BLOCK=configs.STREAM.block,
-        num_warps=configs.STREAM.warps,
-        enable_fp_fusion=True,
+    unit = unit_of(length)
+    programs_a_row = programs(length, segments, config, losses.device)
+    launch(
+        pixel_weights_kernel,
+        segments * programs_a_row,
+        (losses, solution, grad_output, weights, totals),
+        (
+            programs_a_row,
+            grad_output.stride(0) if grad_output.ndim else 0,
+            segments,
+            length // unit,
+            fraction_bits(length),
+        ),
+        {"UNIT": unit, "BLOCK": config.block},
+        config.warps,
     )

@@ -20,6 +20,7 @@ LO = tl.constexpr(7)  # the bracket (LO, HI] a pass before the solver came to, b
 HI = tl.constexpr(8)
 INSIDE = tl.constexpr(9)  # how many losses it holds at most
 ROUNDS = tl.constexpr(10)  # rounds of thresholds the solver took, for perf/solvers.py
+PASSED = tl.constexpr(11)  # in a cooperative launch: phases that all programs of the segment are through with
 HISTOGRAM = tl.constexpr(16)  # counts of the coarse bins, by stage one
 BINS = tl.constexpr(64)
 FINE = tl.constexpr(80)  # counts of the fine bins of the bracket, zero again after each pass
@@ -67,3 +68,18 @@ def take_ticket(counter):
     ticket = tl.atomic_add(counter, 1, sem="acq_rel")
     tl.debug_barrier()
     return ticket
+
+
+@triton.jit
+def raise_flag(flag):
+    """One program says that all of them are through with a phase, and that what was written in it can be read."""
+    tl.debug_barrier()
+    tl.atomic_add(flag, 1, sem="release")
+
+
+@triton.jit
+def wait_for(flag, value):
+    """Wait until a flag has been raised `value` times. The program that raises it must be running or done."""
+    while tl.atomic_add(flag, 0, sem="acquire") < value:
+        pass
+    tl.debug_barrier()

@@ -77,8 +77,6 @@ def loss_max_pooling(
     segments = logits.shape[0] if scope == "image" else 1
     if logits.ndim == 2:  # rows are pixels of one image
         logits, target = logits.t().unsqueeze(0), target.unsqueeze(0)
-    else:
-        logits, target = logits.flatten(2), target.flatten(1)
     backend = dispatch.choose(logits, backend, solver, segments, group)
     if not target.numel() and group is None:
         return _nothing(logits, segments, reduction, return_stats)

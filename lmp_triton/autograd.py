@@ -58,7 +58,7 @@ def _refuse_second_derivative(grad: Tensor, *sources: Tensor) -> Tensor:
 
 
 class FromLogits(torch.autograd.Function):
-    """Logits (N, C, L) and target (N, L) to the pooled loss.
+    """Logits (N, C, *spatial) and target (N, *spatial) to the pooled loss.
 
     Returns (value, solution, counts, losses); only `value` is differentiable, and only by the logits.
     """
@@ -73,10 +73,13 @@ class FromLogits(torch.autograd.Function):
         ratio: float | Tensor,
         options: Options,
     ) -> tuple[Tensor, ...]:
-        pixels = dispatch.module(options.backend).softmax_losses(
-            logits, target, weight, options.ignore_index, options.label_smoothing, options.segments
-        )
-        pooling = _solve(pixels, p, ratio, options)
+        stages = dispatch.module(options.backend)
+        call = (logits, target, weight, options.ignore_index, options.label_smoothing)
+        if options.group is None:
+            pixels, pooling = stages.pool_logits(*call, p, ratio, options.segments, options.reduction, options.solver)
+        else:
+            pixels = stages.softmax_losses(*call, options.segments)
+            pooling = _solve(pixels, p, ratio, options)
         ctx.options = options
         ctx.save_for_backward(logits, weight, pooling.solution, pixels.losses, *pixels.saved)
         return _outputs(ctx, pixels, pooling)

@@ -62,12 +62,15 @@ def info(options: argparse.Namespace) -> int:
     if dispatch.has_triton():
         from .kernels import configs
 
-        print("what the kernels would use, on every GPU (none was tuned yet):")
-        for classes in (2, 19, 32, 150, 1024):
-            print(f"  {classes} classes: {configs.pixel_config(classes)}")
-        print(f"  solver: sort for segments of up to {configs.SORT_UP_TO} pixels, select beyond")
-        print(f"  {configs.SELECT}")
-        print(f"  {configs.SORT}")
+        for device in devices:
+            table = configs.table(device)
+            print(f"{device}: what the kernels use there (nothing was tuned on a GPU yet):")
+            for classes in (2, 19, 32, 150, 1024):
+                print(f"  {classes} classes: {configs.pixel_config(table, classes)}")
+            for name in ("rows", "stream", "select", "sort"):
+                print(f"  {name}: {getattr(table, name)}")
+        asked = dispatch.cooperative()
+        print(f"cooperative launches ({dispatch.COOPERATIVE_VARIABLE}): {asked or 'none, the default'}")
     return 0
 
 

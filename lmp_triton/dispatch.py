@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from types import ModuleType
 from typing import Any
@@ -18,12 +19,19 @@ SOLVERS = ("auto", "select", "sort")
 VARIABLE = "LMP_TRITON_BACKEND"
 """Environment variable that stands in for `backend="auto"`."""
 
+COOPERATIVE = ("", "solve", "forward")
+COOPERATIVE_VARIABLE = "LMP_TRITON_COOPERATIVE"
+"""Environment variable: which part of the Triton backend is one cooperative launch, whose programs wait for each other.
+
+"solve": the threshold search; "forward": the losses, too. Unset or empty: none, the default as long as no GPU run in
+perf/results/ shows them right and not hanging. They fall back to separate launches where not all programs fit on the
+device at once, and change no result. Read at each call; a CUDA graph keeps what it was captured with."""
+
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_CLASSES = 1024
+MAX_LEVELS = 3
 MAX_PIXELS = 2**31 - 2**16
 """Losses of a segment that 32-bit offsets inside it reach."""
-MAX_STRIDE = 2**20
-"""Elements from one pixel to the next that 32-bit offsets inside a tile reach; channels_last has C."""
 
 
 def choose(
@@ -32,7 +40,7 @@ def choose(
     """The backend that will serve a call on `values`: "triton" or "eager".
 
     Args:
-        values: the logits (N, C, L) or the losses (N, L).
+        values: the logits (N, C, *spatial) or the losses (N, L).
         segments: N, or 1 if all rows are pooled together; None: N.
         backend: "auto" takes Triton on a CUDA GPU where it can serve, else eager. `LMP_TRITON_BACKEND` replaces
             "auto"; a name in the call wins over it.
@@ -75,13 +83,18 @@ def obstacle(values: Tensor, segments: int | None = None, group: Any = None) -> 
         return "Triton is not installed (it exists for Linux only)"
     if values.dtype not in FUSED_DTYPES:
         return f"it takes float16, bfloat16 and float32, not {values.dtype}"
-    if values.ndim == 3 and values.shape[1] > MAX_CLASSES:
-        return f"it takes up to {MAX_CLASSES} classes, not {values.shape[1]}"
-    length = values.shape[-1] * (values.shape[0] if segments == 1 else 1)
+    if values.ndim > 2:
+        if values.shape[1] > MAX_CLASSES:
+            return f"it takes up to {MAX_CLASSES} classes, not {values.shape[1]}"
+        if values.ndim - 2 > MAX_LEVELS and _levels(values) > MAX_LEVELS:
+            return (
+                f"it takes up to {MAX_LEVELS} spatial dimensions that don't lie behind each other in memory, not "
+                f"{_levels(values)}: logits.contiguous() makes them one"
+            )
+    length = math.prod(values.shape[2:] if values.ndim > 2 else values.shape[1:])
+    length *= values.shape[0] if segments == 1 else 1
     if length > MAX_PIXELS:
         return f"it takes up to {MAX_PIXELS} losses a segment, not {length}"
-    if values.stride(-1) > MAX_STRIDE:
-        return f"it takes pixels up to {MAX_STRIDE} elements apart, not {values.stride(-1)}"
     if group is not None and torch.compiler.is_compiling():
         return "with a group, compiled code takes the eager backend: the collectives lie between two kernels"
     if torch.compiler.is_compiling():
@@ -97,6 +110,24 @@ def obstacle(values: Tensor, segments: int | None = None, group: Any = None) -> 
     ):
         return "it takes GPUs of compute capability 8.0 and newer"
     return None
+
+
+def cooperative() -> str:
+    """What `COOPERATIVE_VARIABLE` asks for: "", "solve" or "forward".
+
+    Raises:
+        ValueError: something else.
+    """
+    asked = os.environ.get(COOPERATIVE_VARIABLE, "")
+    if asked not in COOPERATIVE:
+        raise ValueError(f"the environment variable {COOPERATIVE_VARIABLE} must be one of {COOPERATIVE}, got {asked!r}")
+    return asked
+
+
+def _levels(logits: Tensor) -> int:
+    from .kernels.layout import layout_of
+
+    return len(layout_of(logits).sizes)
 
 
 @functools.cache

@@ -41,7 +41,9 @@ def obstacle(*, losses: Tensor | None = None, logits: Tensor | None = None, scop
         stand_in = losses.detach().as_strided(rows, (0, 0))  # flatten() might copy
         return dispatch.obstacle(stand_in, 1 if scope == "batch" else None)
     if logits is not None and losses is None:
-        return dispatch.obstacle(logits.flatten(2), 1 if scope == "batch" else None)
+        if logits.ndim == 2:  # rows are pixels of one image
+            logits = logits.t().unsqueeze(0)
+        return dispatch.obstacle(logits, 1 if scope == "batch" else None)
     raise ValueError("obstacle takes either losses or logits")
 
 

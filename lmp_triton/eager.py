@@ -87,11 +87,12 @@ def softmax_losses(
     """ℓ = cross-entropy of each pixel, as `F.cross_entropy(reduction="none")` with the same options.
 
     Args:
-        logits: (N, C, L), floating.
-        target: (N, L), integer. A label outside [0, C) that is not `ignore_index` gives a NaN loss.
+        logits: (N, C, *spatial), floating.
+        target: (N, *spatial), integer. A label outside [0, C) that is not `ignore_index` gives a NaN loss.
         weight: (C,) or None.
         segments: unused here; the kernels need it.
     """
+    logits, target = logits.flatten(2), target.flatten(1)
     n_chunks = _chunks(logits)
     slices = zip(logits.chunk(n_chunks, 2), target.chunk(n_chunks, 1), strict=True)
     parts = [_softmax_losses(x, y, weight, ignore_index, label_smoothing) for x, y in slices]
@@ -295,6 +296,23 @@ def _scan(sums: Tensor, edges: Tensor, q: Tensor) -> Tensor:
     return sums
 
 
+def pool_logits(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    p: float | Tensor,
+    ratio: float | Tensor,
+    segments: int,
+    reduction: str,
+    solver: str = "auto",
+) -> tuple[PixelLosses, Pooling]:
+    """`softmax_losses` and `solve`."""
+    pixels = softmax_losses(logits, target, weight, ignore_index, label_smoothing, segments)
+    return pixels, solve(pixels, p, ratio, segments, reduction, solver)
+
+
 # --- stage three: weights and gradients ---------------------------------------------------------------------------
 
 
@@ -343,10 +361,11 @@ def logits_gradient(
     weight: Tensor | None,
     label_smoothing: float,
 ) -> Tensor:
-    """∂value/∂logits·grad_output, (N, C, L), in the layout of the logits, rounded once to their type.
+    """∂value/∂logits·grad_output, (N, C, *spatial), in the layout of the logits, rounded once to their type.
 
     ∂ℓ/∂x_c = a·softmax_c − (1−ε)·v_y·[c = y] − (ε/C)·v_c with a = (1−ε)·v_y + (ε/C)·Σ_k v_k.
     """
+    shape, logits = logits.shape, logits.flatten(2)
     (labels,) = pixels.saved
     classes, n_chunks, dtype = logits.shape[1], _chunks(logits), pixels.losses.dtype
     weights = pixel_weights(pixels, solution, grad_output, dtype)
@@ -369,4 +388,4 @@ def logits_gradient(
         d = _exp_(d - d.amax(1, keepdim=True)).nan_to_num_()
         d = d.mul_(a / d.sum(1, keepdim=True).clamp_min_(1.0)).scatter_add_(1, label.long(), -b)
         out.copy_(d if share is None else d.sub_(w * share[:, None]))
-    return grad
+    return grad.view(shape)

@@ -1,21 +1,30 @@
 """The Triton backend: the stages of `lmp_triton.eager`, each one launch. Allocates, then calls `lmp_triton.kernels`.
 
-Launches of one call: forward 3 (zeroing the workspace, losses, solve; one or two more for long segments, see
-`kernels.select`), backward 1.
+Launches of one call, the zeroing of the workspace included:
+
+    forward     3: zero, losses, solve; one or two more for segments above 2^13 or 2^19 pixels (`kernels.select`)
+                3 always with LMP_TRITON_COOPERATIVE=solve: all phases of the solve in one cooperative launch
+                2 with LMP_TRITON_COOPERATIVE=forward: losses and solve in one cooperative launch
+    backward    1
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import struct
+import math
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from .kernels import configs, cross_entropy, gradient, select, sort, weights, workspace
+from . import dispatch
+from .kernels import configs, cross_entropy, forward, gradient, select, sort, weights, workspace
 from .kernels import losses as own_losses
+from .kernels.launch import TooLarge
+from .kernels.layout import LEVELS, layout_of
+from .kernels.solution import parameters
 from .types import SOLUTION_ROWS, PixelLosses, Pooling
 
 P = ParamSpec("P")
@@ -47,20 +56,34 @@ def softmax_losses(
     label_smoothing: float,
     segments: int,
 ) -> PixelLosses:
-    """See `eager.softmax_losses`; logits float16, bfloat16 or float32."""
-    images, classes, pixels = logits.shape
+    """See `eager.softmax_losses`; logits (N, C, *spatial) float16, bfloat16 or float32, target (N, *spatial)."""
+    target = _walkable(target, logits)
+    table = configs.table(logits.device)
     statistics = _workspace(segments, logits.device)
-    pixel_losses = torch.empty(images, pixels, dtype=torch.float32, device=logits.device)
-    labels = torch.empty_like(pixel_losses, dtype=torch.uint8 if classes <= 256 else torch.int16)
-    # With all classes in registers the gradient kernel needs no help; otherwise −log softmax, which is the loss itself
-    # unless class weights or smoothing change it.
-    chunked = classes > configs.pixel_config(classes).chunk
-    plain = weight is None and not label_smoothing
-    nll = torch.empty_like(pixel_losses) if chunked and not plain else None
+    pixel_losses, labels, nll = _pixel_buffers(logits, table, weight is None and not label_smoothing)
     cross_entropy.softmax_losses(
-        logits, target, weight, ignore_index, label_smoothing, pixel_losses, labels, nll, statistics
+        logits, target, weight, ignore_index, label_smoothing, pixel_losses, labels, nll, statistics, table
     )
     return PixelLosses(pixel_losses, (labels,) if nll is None else (labels, nll), statistics)
+
+
+def _walkable(target: Tensor, logits: Tensor) -> Tensor:
+    """The target, copied if it and the logits together step through memory in more ways than a kernel walks."""
+    return target if len(layout_of(logits, target).sizes) <= LEVELS else target.contiguous()
+
+
+def _pixel_buffers(logits: Tensor, table: configs.Table, plain: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """losses, labels, and nll if the gradient needs it.
+
+    With all classes in registers the gradient kernel needs no help; otherwise −log softmax, which is the loss itself
+    (plain) unless class weights or smoothing change it.
+    """
+    images, classes, *spatial = logits.shape
+    pixel_losses = torch.empty(images, math.prod(spatial), dtype=torch.float32, device=logits.device)
+    labels = torch.empty_like(pixel_losses, dtype=torch.uint8 if classes <= 256 else torch.int16)
+    whole = table.rows.above if cross_entropy.classes_adjacent(logits) else configs.pixel_config(table, classes).chunk
+    nll = torch.empty_like(pixel_losses) if classes > whole and not plain else None
+    return pixel_losses, labels, nll
 
 
 @_on_its_device
@@ -68,7 +91,7 @@ def marked_losses(values: Tensor, mask: Tensor | None, segments: int) -> PixelLo
     """See `eager.marked_losses`."""
     statistics = _workspace(segments, values.device)
     pixel_losses = torch.empty(values.shape, dtype=torch.float32, device=values.device)
-    own_losses.mark_losses(values, mask, pixel_losses, statistics)
+    own_losses.mark_losses(values, mask, pixel_losses, statistics, configs.table(values.device).stream)
     return PixelLosses(pixel_losses, (), statistics)
 
 
@@ -78,39 +101,101 @@ def solve(
 ) -> Pooling:
     """See `eager.solve`; solver: "sort", "select", or "auto" for the one the table says."""
     device = pixels.losses.device
+    table = configs.table(device)
     assert pixels.statistics is not None
     losses = pixels.losses.view(segments, -1)
     length = losses.shape[1]
-    sorting = configs.solver_for(length, solver) == "sort"
-    scratch: Tensor
-    if sorting:
-        runs = -(-length // configs.SORT.run)
-        scratch = torch.empty(
-            1 if runs == 1 else 3, segments * runs * configs.SORT.run, dtype=torch.int32, device=device
-        )
-    else:
-        scratch = torch.empty(segments, min(configs.SELECT.capacity, length), dtype=torch.float32, device=device)
+    pooling = _pooling(segments, reduction, device)
+    rest = (pixels.statistics, pooling.solution, pooling.loss, pooling.counts, pooling.value)
+    options = (parameters(p, ratio), reduction)
+    if configs.solver_for(length, solver, table.sort) == "sort":
+        runs = -(-length // table.sort.run)
+        scratch = torch.empty(1 if runs == 1 else 3, segments * runs * table.sort.run, dtype=torch.int32, device=device)
+        sort.sort(losses, scratch, *rest, *options, table.sort)
+        return pooling
+    short_list = _short_list(segments, length, table.select, device)
+    if dispatch.cooperative():
+        with contextlib.suppress(TooLarge):
+            select.select(losses, short_list, *rest, *options, table.select, cooperative=True)
+            return pooling
+    select.select(losses, short_list, *rest, *options, table.select)
+    return pooling
+
+
+def _short_list(segments: int, length: int, config: configs.SelectConfig, device: torch.device) -> Tensor:
+    return torch.empty(segments, min(config.capacity, length), dtype=torch.float32, device=device)
+
+
+def _pooling(segments: int, reduction: str, device: torch.device) -> Pooling:
     solution = torch.empty(len(SOLUTION_ROWS), segments, dtype=torch.float32, device=device)
     loss = torch.empty(segments, dtype=torch.float32, device=device)
     counts = torch.empty(2, segments, dtype=torch.int64, device=device)
     value = loss if reduction == "none" else torch.empty((), dtype=torch.float32, device=device)
-    (sort.sort if sorting else select.select)(
-        losses,
-        scratch,
-        pixels.statistics,
-        solution,
-        loss,
-        counts,
-        value,
-        _parameter(p),
-        _parameter(ratio),
-        reduction,
-    )
     return Pooling(loss, value, solution, counts)
 
 
-def _parameter(x: float | Tensor) -> int | Tensor:
-    return x.double() if isinstance(x, Tensor) else struct.unpack("<q", struct.pack("<d", x))[0]
+def pool_logits(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    p: float | Tensor,
+    ratio: float | Tensor,
+    segments: int,
+    reduction: str,
+    solver: str = "auto",
+) -> tuple[PixelLosses, Pooling]:
+    """`softmax_losses` and `solve`: two launches or more, or one cooperative one where that is asked for."""
+    if dispatch.cooperative() == "forward":
+        length = target.numel() // segments
+        if configs.solver_for(length, solver, configs.table(logits.device).sort) == "select":
+            with contextlib.suppress(TooLarge):
+                return _forward(
+                    logits, target, weight, ignore_index, label_smoothing, p, ratio, segments, reduction, length
+                )
+    pixels = softmax_losses(logits, target, weight, ignore_index, label_smoothing, segments)
+    return pixels, solve(pixels, p, ratio, segments, reduction, solver)
+
+
+@_on_its_device
+def _forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    p: float | Tensor,
+    ratio: float | Tensor,
+    segments: int,
+    reduction: str,
+    length: int,
+) -> tuple[PixelLosses, Pooling]:
+    target = _walkable(target, logits)
+    table = configs.table(logits.device)
+    statistics = _workspace(segments, logits.device)
+    pixel_losses, labels, nll = _pixel_buffers(logits, table, weight is None and not label_smoothing)
+    pooling = _pooling(segments, reduction, logits.device)
+    forward.forward(
+        logits,
+        target,
+        weight,
+        ignore_index,
+        label_smoothing,
+        pixel_losses,
+        labels,
+        nll,
+        _short_list(segments, length, table.select, logits.device),
+        statistics,
+        pooling.solution,
+        pooling.loss,
+        pooling.counts,
+        pooling.value,
+        parameters(p, ratio),
+        reduction,
+        table,
+    )
+    return PixelLosses(pixel_losses, (labels,) if nll is None else (labels, nll), statistics), pooling
 
 
 @_on_its_device
@@ -119,7 +204,7 @@ def total_weight(pixels: PixelLosses, solution: Tensor) -> Tensor:
     segments, device = solution.shape[1], solution.device
     rows = pixels.losses.view(segments, -1)
     totals = torch.zeros(segments, dtype=torch.int64, device=device)
-    weights.pixel_weights(rows, solution, solution[4], None, totals)
+    weights.pixel_weights(rows, solution, solution[4], None, totals, configs.table(device).stream)
     return (totals.double() * 2.0 ** -configs.fraction_bits(rows.shape[1]) * solution[1]).float()
 
 
@@ -127,8 +212,8 @@ def total_weight(pixels: PixelLosses, solution: Tensor) -> Tensor:
 def pixel_weights(pixels: PixelLosses, solution: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
     """See `eager.pixel_weights`."""
     out = torch.empty_like(pixels.losses, dtype=dtype)
-    segments = solution.shape[1]
-    weights.pixel_weights(pixels.losses.view(segments, -1), solution, grad_output, out.view(segments, -1), None)
+    rows, stream = pixels.losses.view(solution.shape[1], -1), configs.table(out.device).stream
+    weights.pixel_weights(rows, solution, grad_output, out.view_as(rows), None, stream)
     return out
 
 
@@ -141,8 +226,13 @@ def logits_gradient(
     weight: Tensor | None,
     label_smoothing: float,
 ) -> Tensor:
-    """See `eager.logits_gradient`."""
+    """See `eager.logits_gradient`; logits (N, C, *spatial)."""
     grad = torch.empty_like(logits)
+    rows = cross_entropy.classes_adjacent(logits)
+    if (rows and not cross_entropy.classes_adjacent(grad)) or len(layout_of(logits, grad).sizes) > LEVELS:
+        # Expanded logits, say.
+        images, classes, *spatial = logits.shape
+        grad = torch.empty(images, *spatial, classes, dtype=logits.dtype, device=logits.device).movedim(-1, 1)
     labels, *rest = pixels.saved
     gradient.logits_gradient(
         logits,
@@ -154,5 +244,6 @@ def logits_gradient(
         solution,
         grad_output,
         grad,
+        configs.table(logits.device),
     )
     return grad

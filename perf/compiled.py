@@ -67,12 +67,8 @@ def compile_for(
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": num_warps, "enable_fp_fusion": True},
     )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(built.asm["cubin"])
-        cubin.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", cubin.name)
-        sass = _run("nvdisasm", "-c", cubin.name)
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    numbers = resources(built.asm["cubin"])
+    sass = _run("nvdisasm", built.asm["cubin"], "-c")
     opcodes = tuple(name + modifiers for name, modifiers in OPCODE.findall(sass))
     opcodes = opcodes[: len(opcodes) - next((i for i, o in enumerate(reversed(opcodes)) if o != "NOP"), 0)]
     stack = numbers["STACK"] + numbers["LOCAL"]
@@ -95,5 +91,14 @@ def _loops(sass: str) -> tuple[int, ...]:
     return tuple(ends[label] - labels[label] for label in labels if label in ends)
 
 
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG a thread, STACK and LOCAL bytes a thread, SHARED bytes a program, of a compiled kernel."""
+    usage = _run("cuobjdump", cubin, "--dump-resource-usage")
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+
+
+def _run(tool: str, cubin: bytes, *arguments: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([TOOLS / tool, *arguments, file.name], check=True, capture_output=True, text=True).stdout

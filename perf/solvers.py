@@ -56,18 +56,20 @@ def steps(n: int, p: float, name: str, losses: Tensor, solver: str) -> dict[str,
     rounds = words[workspace.ROUNDS.value]
     row: dict[str, object] = {"n": n, "p": p, "losses": name, "solver": solver, "rounds": rounds}
     if solver == "select":
-        passes = sum(n > longest for longest in configs.SELECT.passes)
+        table = configs.table(losses.device)
+        passes = configs.passes_for(n, table.select)
         listed = words[workspace.LISTED.value]
-        fits = listed <= min(configs.SELECT.capacity, n)
+        fits = listed <= min(table.select.capacity, n)
         walked = listed if fits else n
         # Each pass that narrows reads all losses, unless what was left fitted the list: then it reads none.
         row |= {"passes launched": passes, "listed": listed, "walked a round": walked}
         row["bytes a loss"] = (4 * n + 4 * min(listed, n) + 4 * walked * (rounds + 1)) / n
         row["and a pass"] = 4 if passes else 0
     else:
-        runs = -(-n // configs.SORT.run)
+        run = configs.table(losses.device).sort.run
+        runs = -(-n // run)
         one = runs == 1
-        row |= {"runs": runs, "loads a round": 0 if one else 4 * runs * (configs.SORT.run.bit_length() + 2)}
+        row |= {"runs": runs, "loads a round": 0 if one else 4 * runs * (run.bit_length() + 2)}
         row["bytes a loss"] = (4 if one else 12) + 8 + 4 * (0 if one else row["loads a round"] * rounds / n)  # type: ignore[operator]
     return row
 
@@ -82,8 +84,12 @@ def report_steps(arguments: argparse.Namespace) -> None:
         from lmp_triton.kernels import configs
 
         # The interpreter works on vectors: large blocks, which change no result of the selection.
-        configs.SELECT = configs.SELECT._replace(block=1 << 17)
-        configs.STREAM = configs.STREAM._replace(block=1 << 17)
+        table = configs.table_for(0)
+        table = table._replace(
+            select=table.select._replace(block=1 << 17, solve_block=1 << 17),
+            stream=table.stream._replace(block=1 << 17),
+        )
+        configs.table = lambda device: table  # type: ignore[assignment]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for n in arguments.lengths:
@@ -106,7 +112,7 @@ def report_code(arguments: argparse.Namespace) -> None:
     from lmp_triton.perf.compiled import compile_for
 
     launches = {
-        "narrow_bracket, all losses": (catalogue.narrow_bracket(), 1),
+        "narrow_bracket, all losses": (catalogue.select_threshold(passes=1), 1),
         "select, all losses": (catalogue.select_threshold(), 1),
         "select, short list, a round": (catalogue.select_threshold(), 3),
         "sort, one run, everything": (catalogue.sort_runs(one_run=True), 0),

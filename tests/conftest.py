@@ -42,9 +42,10 @@ def backend(request):
 SOLVERS = {
     "eager": {},
     "select": {},
-    "select, narrowed": {"SELECT": {"block": 256, "capacity": 16, "passes": (10, 200)}},
-    "sort": {"SORT": {"run": 1024, "lanes": 16}},
-    "sort, runs": {"SORT": {"run": 128, "lanes": 4}},
+    "select, narrowed": {"select": {"block": 256, "capacity": 16, "passes": (10, 200)}},
+    "select, cooperative": {"select": {"block": 256, "capacity": 16, "passes": (10, 200)}},
+    "sort": {"sort": {"run": 1024, "lanes": 16}},
+    "sort, runs": {"sort": {"run": 128, "lanes": 4}},
 }
 """Every way to a solution, with block sizes that send some hundred losses through all of it."""
 
@@ -54,12 +55,22 @@ def solver(request, monkeypatch):
     """Options of a call that takes this way."""
     if request.param == "eager":
         return {"backend": "eager"}
+    if not CUDA:  # there, block sizes are what they are in use
+        configure(monkeypatch, **SOLVERS[request.param])
+    if "cooperative" in request.param:
+        monkeypatch.setenv(dispatch.COOPERATIVE_VARIABLE, "solve")
+    return {"backend": "triton", "solver": request.param.split(",")[0]}
+
+
+def configure(monkeypatch, **changes):
+    """Other entries in the table of configurations: configure(monkeypatch, select={"block": 256})."""
     from lmp_triton.kernels import configs
 
-    if not CUDA:  # there, block sizes are what they are in use
-        for name, change in SOLVERS[request.param].items():
-            monkeypatch.setattr(configs, name, getattr(configs, name)._replace(**change))
-    return {"backend": "triton", "solver": request.param.split(",")[0]}
+    table = configs.table_for(0)
+    for name, change in changes.items():
+        entry = getattr(table, name)
+        table = table._replace(**{name: entry._replace(**change) if isinstance(change, dict) else change})
+    monkeypatch.setattr(configs, "table", lambda device: table)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import CUDA, labelled
+from conftest import CUDA, configure, labelled
 
 import lmp_triton
 
@@ -86,19 +86,21 @@ def test_order_of_pixels(rng, solver, device, p):
 def test_tiling(rng, monkeypatch, device, which):
     """Other blocks and programs: the same bits by selection. Other runs, lists and passes: α* to 2 ulp."""
     pytest.importorskip("triton")
-    from lmp_triton.kernels import configs
-
     values = torch.randn(2, 2500, device=device).exp()
     expected, expected_stats = solve(values, backend="triton", solver=which)
     for block, programs, capacity, passes in (
-        (256, 3, configs.SELECT.capacity, ()),
-        (2048, 8, configs.SELECT.capacity, ()),
+        (256, 3, 8192, ()),
+        (2048, 8, 8192, ()),
         (1024, 1, 16, ()),
         (512, 4, 16, (9, 99)),
     ):
-        monkeypatch.setattr(configs, "SELECT", configs.SelectConfig(block, 16, programs, capacity, passes))
-        monkeypatch.setattr(configs, "STREAM", configs.StreamConfig(block, 4, programs))
-        monkeypatch.setattr(configs, "SORT", configs.SORT._replace(run=block, lanes=8))
+        select = {"block": block, "solve_block": block, "programs": programs, "capacity": capacity, "passes": passes}
+        configure(
+            monkeypatch,
+            select=select,
+            stream={"block": block, "programs": programs},
+            sort={"run": block, "lanes": 8},
+        )
         weights, stats = solve(values, backend="triton", solver=which)
         exact = which == "select" and not passes
         assert ulps(stats[1], expected_stats[1]) <= (0 if exact else 2)  # α*

@@ -200,6 +200,7 @@ def test_obstacle(monkeypatch):
     assert lmp_triton.obstacle(losses=losses[0, 0], scope="batch") is None
     assert "not torch.float64" in lmp_triton.obstacle(losses=losses.double())
     assert "up to 1024 classes" in lmp_triton.obstacle(logits=torch.zeros(1, 1025, 2, 2))
+    assert "up to 1024 classes" in lmp_triton.obstacle(logits=torch.zeros(3, 1025), scope="batch")
     assert "losses a segment" in lmp_triton.obstacle(losses=torch.zeros(1).expand(4, 2**30), scope="batch")
     assert lmp_triton.obstacle(losses=torch.zeros(1).expand(2, 2**16, 2**8).mT) is None
     for arguments in ({}, {"losses": losses, "logits": logits}):

@@ -1,54 +1,113 @@
-"""Launches: how many, on which device, and how many kernels are compiled for changing values."""
+"""Launches: how many, how many of them cooperative, on which device, and how many kernels are compiled for new values.
+
+Without a GPU they are counted on one that is not there (perf/standin.py), in a process without the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import CUDA, labelled
+from conftest import CUDA, configure, labelled
 
 import lmp_triton
+from lmp_triton import dispatch
 
 pytest.importorskip("triton")
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """The names of the kernels launched, in order."""
-    from lmp_triton.kernels import cross_entropy, gradient, losses, select, sort, weights
-
-    names = []
-    for module in (cross_entropy, gradient, losses, select, sort, weights):
-        for name, kernel in list(vars(module).items()):
-            if name.endswith("_kernel"):
-
-                class Spy:
-                    def __init__(self, kernel, name):
-                        self.kernel, self.name = kernel, name
-
-                    def __getitem__(self, grid):
-                        names.append(self.name)
-                        return self.kernel[grid]
-
-                monkeypatch.setattr(module, name, Spy(kernel, name))
-    return names
+@pytest.fixture(scope="module")
+def seen():
+    """What perf/launches.py says."""
+    pytest.importorskip("pandas")
+    script = Path(__file__).parents[1] / "perf" / "launches.py"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(script), "--json", "--repeats", "20"]
+    result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return json.loads(result.stdout)
 
 
+def forward_of(rows, shape, cooperative):
+    (row,) = (r for r in rows if r["shape"].startswith(shape) and r["cooperative"] == cooperative)
+    assert row["backward"] == ["logits_gradient_kernel"]
+    return row
+
+
+@pytest.mark.skipif(CUDA, reason="counts launches on a GPU that is not there")
 @pytest.mark.parametrize(
-    "shape, solver, names",
+    "shape, cooperative, names, in_all",
     [
-        ((2, 20, 30), "auto", ["sort_kernel"]),
-        ((2, 20, 30), "select", ["select_kernel"]),
-        ((1, 60, 70), "auto", ["select_kernel"]),
-        ((1, 60, 70), "sort", ["sort_kernel"]),
-        ((1, 96, 100), "auto", ["narrow_bracket_kernel", "select_kernel"]),
+        ("16x19x40x40", "none", ["softmax_losses_kernel", "sort_kernel"], 4),
+        ("2x19x550x550", "none", ["softmax_losses_kernel", *["select_kernel"] * 2], 5),
+        ("8x19x1024x1024", "none", ["softmax_losses_kernel", *["select_kernel"] * 3], 6),
+        ("2x19x550x550", "solve", ["softmax_losses_kernel", "select_kernel"], 4),
+        ("8x19x1024x1024", "solve", ["softmax_losses_kernel", "select_kernel"], 4),
+        ("2x19x550x550", "forward", ["forward_kernel"], 3),
+        ("8x19x1024x1024", "forward", ["forward_kernel"], 3),
     ],
 )
-def test_number_of_launches(rng, launches, device, shape, solver, names):
-    logits, target = labelled(shape, 5, device=device)
-    x = logits.requires_grad_()
-    loss = lmp_triton.loss_max_pooling(x, target, ignore_index=255, backend="triton", solver=solver)
-    assert launches == ["softmax_losses_kernel", *names]
-    launches.clear()
-    loss.backward()
-    assert launches == ["logits_gradient_kernel"]
+def test_number_of_launches(seen, shape, cooperative, names, in_all):
+    """One memset, and these; the cooperative one is the last, and all its programs are on the device at once."""
+    row = forward_of(seen["launches"], shape, cooperative)
+    assert row["forward"] == names and row["memsets"] == 1 and row["in all"] == in_all
+    assert row["cooperative launches"] == (names[-1:] if cooperative != "none" else [])
+    if cooperative != "none":
+        assert row["programs"][-1] <= 132 * 8
+
+
+@pytest.mark.skipif(CUDA, reason="as above")
+@pytest.mark.parametrize("why", ["refused", "no room"])
+@pytest.mark.parametrize("cooperative", ["solve", "forward"])
+def test_where_a_cooperative_launch_cannot_be(seen, why, cooperative):
+    """The driver refuses it, or there are more images than programs that fit: separate launches instead."""
+    row = forward_of(seen[why], "2x19x550x550" if why == "refused" else "32x19x100x100", cooperative)
+    assert not row["cooperative launches"]
+    assert row["forward"] == ["softmax_losses_kernel", *["select_kernel"] * 2]
+
+
+@pytest.mark.skipif(CUDA, reason="as above")
+def test_no_new_kernel_for_a_new_value(seen):
+    assert seen["compiled"] == 0
+
+
+def test_unknown_way_to_launch(monkeypatch):
+    monkeypatch.setenv(dispatch.COOPERATIVE_VARIABLE, "yes")
+    with pytest.raises(ValueError, match="LMP_TRITON_COOPERATIVE must be one of"):
+        lmp_triton.loss_max_pooling(torch.randn(1, 2, 9), torch.zeros(1, 9, dtype=torch.long), backend="triton")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("p", [1.0, 1.3])
+def test_the_same_from_every_launch(rng, monkeypatch, device, p, layout, reduction):
+    """The losses and all phases of the solve in one launch, or one by one: the same bits."""
+    if not CUDA:
+        select = {"block": 512, "capacity": 16, "solve_block": 128, "passes": (10, 200)}
+        configure(monkeypatch, select=select, forward_solve_block=128)
+    logits, target = labelled((2, 30, 40), 5, device=device)
+    if layout == "channels_last":
+        logits = logits.contiguous(memory_format=torch.channels_last)
+    found = []
+    for cooperative in dispatch.COOPERATIVE:
+        monkeypatch.setenv(dispatch.COOPERATIVE_VARIABLE, cooperative)
+        x = logits.detach().requires_grad_()
+        loss, stats = lmp_triton.loss_max_pooling(
+            x,
+            target,
+            p=p,
+            ignore_index=255,
+            reduction=reduction,
+            backend="triton",
+            solver="select",
+            return_stats=True,
+        )
+        loss.sum().backward()
+        found.append((loss.detach(), *stats, x.grad))
+    for one, other in zip(found[0] * 2, found[1] + found[2], strict=True):
+        assert torch.equal(one, other)
 
 
 def test_on_the_device_of_the_tensor(rng, monkeypatch, device):
@@ -60,18 +119,9 @@ def test_on_the_device_of_the_tensor(rng, monkeypatch, device):
     assert seen == [logits.device] * 3
 
 
-@pytest.mark.skipif(not CUDA, reason="kernels are compiled on a GPU only")
-def test_no_new_kernel_for_a_new_value(rng, device):
-    from lmp_triton.kernels import cross_entropy, gradient, select
-
-    def compiled():
-        kernels = (
-            cross_entropy.softmax_losses_kernel,
-            select.narrow_bracket_kernel,
-            select.select_kernel,
-            gradient.logits_gradient_kernel,
-        )
-        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+@pytest.mark.skipif(not CUDA, reason="the test on a GPU that is not there covers it without one")
+def test_no_new_kernel_for_a_new_value_on_a_gpu(rng, device):
+    from lmp_triton.kernels import launch
 
     def run(p, ratio, ignore_index, shape):
         logits, target = labelled(shape, 19, device=device, ignore_index=ignore_index)
@@ -80,11 +130,11 @@ def test_no_new_kernel_for_a_new_value(rng, device):
         ).backward()
 
     run(1.3, 0.25, 255, (2, 96, 96))
-    before = compiled()
+    before = len(launch._compiled)
     for arguments in (
         (1.0, 1.0, -1, (2, 96, 96)),
         (1.7, 0.1, -100, (3, 112, 128)),
         (float("inf"), 0.5, 254, (5, 128, 160)),
     ):
         run(*arguments)
-    assert compiled() == before
+    assert len(launch._compiled) == before

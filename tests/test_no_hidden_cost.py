@@ -116,7 +116,6 @@ def test_a_named_backend_serves_or_says_why(monkeypatch):
         (torch.zeros(2, 1025, 5), "up to 1024 classes, not 1025"),
         (torch.zeros(2, 3, 5, device="meta"), "not on meta"),
         (torch.zeros(1).expand(2, 3, 2**31), "losses a segment"),
-        (torch.empty_strided((1, 3, 4), (1, 1, 2**21), device="meta"), "elements apart"),
     ):
         with pytest.raises(ValueError, match=f"cannot serve this call: .*{reason}"):
             dispatch.choose(values, "triton")

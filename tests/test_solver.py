@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CUDA, oracle
+from conftest import CUDA, configure, oracle
 
 import lmp_triton
 
@@ -90,9 +90,7 @@ def test_m_next_to_the_number_of_positive_losses(rng, solver, device):
 def test_short_list_that_overflows(rng, monkeypatch, device, passes):
     """More losses in the bracket than the list holds: the last program walks all losses instead."""
     pytest.importorskip("triton")
-    from lmp_triton.kernels import configs
-
-    monkeypatch.setattr(configs, "SELECT", configs.SELECT._replace(capacity=16, passes=passes))
+    configure(monkeypatch, select={"capacity": 16, "passes": passes})
     for p in (1.0, 1.05, 1.3):
         for losses in (2 + 0.1 * rng.random(5000), rng.lognormal(0, 1, 5000), np.full(3000, 0.7)):
             check(losses, p, 0.3, device, backend="triton", solver="select")
@@ -115,15 +113,18 @@ def adversaries(rng, n):
 def test_rounds_are_bounded(rng, monkeypatch, device, which, n):
     """At most 31 rounds (32 for the runs), whatever the losses, m and p; and the right result after them."""
     pytest.importorskip("triton")
-    from lmp_triton.kernels import configs, workspace
+    from lmp_triton.kernels import workspace
 
     from lmp_triton import fused
 
     if not CUDA:  # large blocks: the interpreter works on vectors
         size = 1 << min(17, max(4, n.bit_length() - 1))
-        monkeypatch.setattr(configs, "SELECT", configs.SELECT._replace(block=size, passes=(300, 20_000)))
-        monkeypatch.setattr(configs, "STREAM", configs.STREAM._replace(block=size))
-        monkeypatch.setattr(configs, "SORT", configs.SORT._replace(run=min(size, 1 << 14)))
+        configure(
+            monkeypatch,
+            select={"block": size, "solve_block": size, "passes": (300, 20_000)},
+            stream={"block": size},
+            sort={"run": min(size, 1 << 14)},
+        )
     most = 0
     every = list(adversaries(rng, n))
     if n > 1e6 and which == "sort" and not CUDA:
