@@ -117,13 +117,15 @@ AMPERE = Table(
     forward_solve_block=128,
     sort=SortConfig(run=2048, lanes=128, warps=8, up_to=2048),
 )
-# Above 24 classes, 4 pixels a thread would need more than 255 registers there: 2 then.
+# Above 24 classes, 4 pixels a thread would need more than 255 registers there: 2 then. Rows of classes that are not
+# divisible by 8 spill a few registers with 16 logits a thread (Triton 3.9): 8 then.
 BLACKWELL = AMPERE._replace(
+    rows=AMPERE.rows._replace(elements=1024),
     pixels=(
         PixelVectors(up_to=24, chunk=24, block=512, warps=4, programs=8),
         PixelVectors(up_to=32, chunk=32, block=256, warps=4, programs=8),
         AMPERE.pixels[-1],
-    )
+    ),
 )
 TABLES: dict[int, Table] = {80: AMPERE, 86: AMPERE, 89: AMPERE, 90: AMPERE, 100: BLACKWELL, 120: BLACKWELL}
 """By compute capability, 10 · major + minor."""

@@ -26,9 +26,16 @@ def layout_of(*tensors: Tensor) -> Layout:
     return merged(tensors[0].shape[2:], tuple(x.stride()[x.ndim - dims + 2 :] for x in tensors))
 
 
-@functools.lru_cache(maxsize=1024)
 def merged(sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> Layout:
     """A dimension goes into the one after it where all tensors step over the latter as a whole."""
+    try:
+        return _merged(sizes, strides)
+    except TypeError:  # symbols, where shapes are traced, have no hash
+        return _merged.__wrapped__(sizes, strides)
+
+
+@functools.lru_cache(maxsize=1024)
+def _merged(sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> Layout:
     merged: list[int] = []
     steps: list[list[int]] = [[] for _ in strides]  # innermost first
     for dim in reversed(range(len(sizes))):

@@ -11,6 +11,7 @@ from . import dropins, reference
 from .api import loss_max_pooling, optimal_weights, pool_losses, upsampled_loss_max_pooling
 from .dropins import obstacle
 from .modules import LossMaxPooling
+from .schedules import RatioSchedule, anneal
 from .types import PoolingStats
 
 __version__ = "0.1.0"
@@ -18,6 +19,8 @@ __version__ = "0.1.0"
 __all__ = [
     "LossMaxPooling",
     "PoolingStats",
+    "RatioSchedule",
+    "anneal",
     "dropins",
     "loss_max_pooling",
     "obstacle",

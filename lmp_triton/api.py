@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, distributed
+from . import checks, dispatch, distributed, operators
 from .autograd import FromLogits, FromLosses, Options
 from .types import PixelLosses, PoolingStats
 
@@ -57,7 +57,7 @@ def loss_max_pooling(
             "auto" sorts short segments and searches long ones (`kernels/configs.py`).
         return_stats: return (loss, PoolingStats) instead of the loss; costs one more launch, and no host sync.
         check_targets: check the labels on a GPU too, at the price of a host sync (`LMP_TRITON_CHECK=1` does so for all
-            calls). On the CPU they are always checked.
+            calls). On the CPU they are always checked, in compiled code never.
 
     Returns:
         The loss, float32 (float64 for float64 logits): a scalar, or (S,) for reduction="none", with S = N for
@@ -68,8 +68,10 @@ def loss_max_pooling(
     Raises:
         ValueError, TypeError: an argument does not fit; names it, what it was and what it must be.
         IndexError: a label outside [0, C) that is not ignore_index, where labels are checked.
+        NotImplementedError: a transform of torch.func, forward-mode differentiation.
         RuntimeError: group, but torch.distributed is not initialised.
     """
+    checks.transforms(logits)
     checks.options(p, ratio, scope, reduction, group, logits.device)
     checks.cross_entropy_options(weight, ignore_index, label_smoothing)
     checks.logits_and_target(logits, target, weight, scope)
@@ -82,8 +84,8 @@ def loss_max_pooling(
         return _nothing(logits, segments, reduction, return_stats)
     options = Options(backend, segments, reduction, solver, ignore_index, float(label_smoothing), group)
     weight = weight if weight is None else weight.contiguous()
-    outputs = FromLogits.apply(logits, target, weight, p, ratio, options)
-    return _result(outputs, options, return_stats)
+    pool = operators.pool_logits if _traced(backend) else FromLogits.apply
+    return _result(pool(logits, target, weight, p, ratio, options), options, return_stats)
 
 
 def pool_losses(
@@ -113,6 +115,7 @@ def pool_losses(
     Raises:
         ValueError, TypeError, RuntimeError: as `loss_max_pooling`.
     """
+    checks.transforms(losses)
     checks.options(p, ratio, scope, reduction, group, losses.device)
     checks.losses_and_mask(losses, mask, scope)
     segments = losses.shape[0] if scope == "image" else 1
@@ -121,7 +124,8 @@ def pool_losses(
     if not losses.numel() and group is None:
         return _nothing(losses, segments, reduction, return_stats)
     options = Options(backend, segments, reduction, solver, group=group)
-    return _result(FromLosses.apply(losses, mask, p, ratio, options), options, return_stats)
+    pool = operators.pool_losses if _traced(backend) else FromLosses.apply
+    return _result(pool(losses, mask, p, ratio, options), options, return_stats)
 
 
 def optimal_weights(
@@ -142,6 +146,7 @@ def optimal_weights(
 
     The arguments and errors are those of `pool_losses`.
     """
+    checks.transforms(losses)
     checks.options(p, ratio, scope, "none", group, losses.device)
     checks.losses_and_mask(losses, mask, scope)
     segments = losses.shape[0] if scope == "image" else 1
@@ -151,8 +156,9 @@ def optimal_weights(
     if not losses.numel() and group is None:
         return losses.detach().to(dtype).view(shape), _no_stats(losses, segments)
     options = Options(backend, segments, "none", solver, group=group)
+    pool = operators.pool_losses if _traced(backend) else FromLosses.apply
     with torch.no_grad():
-        _, solution, counts, losses = FromLosses.apply(losses, mask, p, ratio, options)
+        _, solution, counts, losses = pool(losses, mask, p, ratio, options)
         one = torch.ones((), dtype=dtype, device=losses.device)
         weights = dispatch.module(backend).pixel_weights(PixelLosses(losses), solution, one, dtype)
     return weights.view(shape), _stats(solution, counts, losses, options)
@@ -170,6 +176,11 @@ def upsampled_loss_max_pooling(
         "upsampled_loss_max_pooling is not built yet; until then: "
         "loss_max_pooling(F.interpolate(logits, target.shape[1:], mode='bilinear', align_corners=...), target)"
     )
+
+
+def _traced(backend: str) -> bool:
+    """Whether the kernels are to be called as operators."""
+    return backend == "triton" and torch.compiler.is_compiling()
 
 
 def _rows(x: Tensor) -> Tensor:

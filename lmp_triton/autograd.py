@@ -1,5 +1,7 @@
 """The two differentiable functions, the same for every backend: from logits, and from a user's own losses.
 
+(Under `torch.compile` the kernels are called by the same two functions as operators, see `lmp_triton.operators`.)
+
 Forward solves, backward writes the gradient: the threshold forces a second read of the logits in any case, and a
 gradient stored before grad_output is known would be flushed to zero in float16 (τ is about 1/m) and cost another pass.
 What is kept in between is the logits, which the caller owns, and a few bytes a pixel; so a second backward under
@@ -37,6 +39,12 @@ def _solve(pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, option
     return stages.solve(pixels, p, ratio, options.segments, options.reduction, options.solver)
 
 
+NO_SECOND_DERIVATIVE = (
+    "loss max-pooling has no second derivative: the weights w* are held constant in its gradient "
+    "(Rota Bulò et al. 2017, Section 4), so differentiating that gradient again would be wrong"
+)
+
+
 class _Once(torch.autograd.Function):
     """The identity on a gradient, whose own gradient is refused."""
 
@@ -46,13 +54,10 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        raise RuntimeError(
-            "loss max-pooling has no second derivative: the weights w* are held constant in its gradient "
-            "(Rota Bulò et al. 2017, Section 4), so differentiating that gradient again would be wrong"
-        )
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
-def _refuse_second_derivative(grad: Tensor, *sources: Tensor) -> Tensor:
+def refuse_second_derivative(grad: Tensor, *sources: Tensor) -> Tensor:
     """The gradient as it is; under create_graph=True, tied to its sources so that differentiating it raises."""
     return _Once.apply(grad, *sources) if torch.is_grad_enabled() else grad
 
@@ -94,7 +99,7 @@ class FromLogits(torch.autograd.Function):
             grad = dispatch.module(options.backend).logits_gradient(
                 logits, PixelLosses(losses, tuple(saved)), solution, grad_output, weight, options.label_smoothing
             )
-        return _refuse_second_derivative(grad, logits, grad_output), None, None, None, None, None
+        return refuse_second_derivative(grad, logits, grad_output), None, None, None, None, None
 
 
 class FromLosses(torch.autograd.Function):
@@ -120,7 +125,7 @@ class FromLosses(torch.autograd.Function):
             grad = dispatch.module(ctx.options.backend).pixel_weights(
                 PixelLosses(losses), solution, grad_output, ctx.dtype
             )
-        return _refuse_second_derivative(grad, values, grad_output), None, None, None, None
+        return refuse_second_derivative(grad, values, grad_output), None, None, None, None
 
 
 def _outputs(ctx: Any, pixels: PixelLosses, pooling: Pooling) -> tuple[Tensor, ...]:

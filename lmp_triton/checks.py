@@ -9,6 +9,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 SCOPES = ("image", "batch")
 REDUCTIONS = ("mean", "sum", "none")
@@ -16,6 +17,24 @@ TARGET_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 LOSS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 VARIABLE = "LMP_TRITON_CHECK"
 """Environment variable: 1 checks every target, also on a GPU, as check_targets=True does."""
+
+
+NO_TRANSFORMS = (
+    "loss max-pooling does not run under the transforms of torch.func (vmap, grad, jvp, jacrev, …) or in forward mode: "
+    "it has a gradient for backward alone (torch.autograd.grad, also with torch.func.functional_call), and nothing to "
+    'batch: instead of vmap put the samples into one batch, with scope="image" and reduction="none"'
+)
+
+
+def transforms(*tensors: Tensor | None) -> None:
+    """Refuse what would be silently wrong (a zero tangent), silently slow (a loop), or an error from the depths.
+
+    (The first question has no public form; `autograd.Function.apply` asks it the same way.)
+    """
+    if torch._C._are_functorch_transforms_active() or any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise NotImplementedError(NO_TRANSFORMS)
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -36,6 +55,8 @@ def options(
                 raise ValueError(
                     f"{name} must be a float or a 0-dim floating tensor, got shape {tuple(value.shape)}, {value.dtype}"
                 )
+            if value.requires_grad:
+                raise ValueError(f"{name} must not require a gradient: the loss is not differentiated by it")
             if device is not None and value.device != device:
                 raise ValueError(f"{name} is on {value.device}, but the input is on {device}")
             if not on_host(value):

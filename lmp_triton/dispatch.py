@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 import os
@@ -33,6 +32,8 @@ MAX_LEVELS = 3
 MAX_PIXELS = 2**31 - 2**16
 """Losses of a segment that 32-bit offsets inside it reach."""
 
+NOT_INTERPRETING = "the tensors are on the CPU and TRITON_INTERPRET=1 is not set"
+
 
 def choose(
     values: Tensor, backend: str = "auto", solver: str = "auto", segments: int | None = None, group: Any = None
@@ -42,8 +43,8 @@ def choose(
     Args:
         values: the logits (N, C, *spatial) or the losses (N, L).
         segments: N, or 1 if all rows are pooled together; None: N.
-        backend: "auto" takes Triton on a CUDA GPU where it can serve, else eager. `LMP_TRITON_BACKEND` replaces
-            "auto"; a name in the call wins over it.
+        backend: "auto" takes Triton on a CUDA GPU where it can serve, else eager, and eager under `torch.export`.
+            `LMP_TRITON_BACKEND` replaces "auto"; a name in the call wins over it.
         solver: "auto", or one of the kernels' solvers, "select" and "sort".
         group: the process group to pool over, or None. A rank may bring no pixel at all: that is "eager".
 
@@ -63,7 +64,9 @@ def choose(
         if reason:
             raise ValueError(f'backend="triton" cannot serve this call: {reason}')
     elif backend == "auto":
-        backend = "triton" if values.device.type == "cuda" and not obstacle(values, segments, group) else "eager"
+        # What is exported is to run where this package and Triton are not installed.
+        fit = values.device.type == "cuda" and not torch.compiler.is_exporting()
+        backend = "triton" if fit and not obstacle(values, segments, group) else "eager"
         # Nobody has run the kernels on AMD yet: there they are used when asked for by name.
         if torch.version.hip:
             backend = "eager"
@@ -97,10 +100,9 @@ def obstacle(values: Tensor, segments: int | None = None, group: Any = None) -> 
         return f"it takes up to {MAX_PIXELS} losses a segment, not {length}"
     if group is not None and torch.compiler.is_compiling():
         return "with a group, compiled code takes the eager backend: the collectives lie between two kernels"
-    if torch.compiler.is_compiling():
-        return "the kernels are not registered as operators for torch.compile yet"
-    if values.device.type == "cpu" and not interpreting():
-        return "the tensors are on the CPU and TRITON_INTERPRET=1 is not set"
+    # Dynamo can't trace into Triton's settings: in traced code the operators ask.
+    if values.device.type == "cpu" and not torch.compiler.is_compiling() and not interpreting():
+        return NOT_INTERPRETING
     if values.device.type not in ("cpu", "cuda"):
         return f"it runs on CUDA devices, not on {values.device.type}"
     if (
@@ -130,10 +132,12 @@ def _levels(logits: Tensor) -> int:
     return len(layout_of(logits).sizes)
 
 
-@functools.cache
+_FOUND = importlib.util.find_spec("triton") is not None  # here, since Dynamo can't trace the search
+
+
 def has_triton() -> bool:
     """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    return _FOUND
 
 
 def interpreting() -> bool:
@@ -144,9 +148,16 @@ def interpreting() -> bool:
 
 
 def module(name: str) -> ModuleType:
-    """The module of a backend that `choose` named. Triton is imported here, on first use."""
+    """The module of a backend that `choose` named. Triton is imported here, on first use.
+
+    Traced code gets the kernels as operators (and the two differentiable functions from there, not from `autograd`).
+    """
     if name == "eager":
         return eager
+    if torch.compiler.is_compiling():
+        from . import operators
+
+        return operators
     from . import fused
 
     return fused

@@ -54,9 +54,14 @@ def _chunks(x: Tensor, elements: int = CHUNK_ELEMENTS) -> int:
     return max(1, min(x.shape[-1], x.numel() // elements)) if _on_host(x) else 1
 
 
+def _slices(x: Tensor, n_chunks: int) -> tuple[Tensor, ...]:
+    """x cut along the pixels. One slice is x itself: the size of a chunk would fix a symbolic shape."""
+    return (x,) if n_chunks == 1 else x.chunk(n_chunks, -1)
+
+
 def _count(mask: Tensor) -> Tensor:
     """How many entries of each row are True, (S,) int64. (PyTorch widens all of a bool tensor before it adds.)"""
-    counts = [piece.sum(1) for piece in mask.chunk(_chunks(mask, CHUNK_LOSSES), 1)]
+    counts = [piece.sum(1) for piece in _slices(mask, _chunks(mask, CHUNK_LOSSES))]
     return torch.stack(counts).sum(0)
 
 
@@ -94,7 +99,7 @@ def softmax_losses(
     """
     logits, target = logits.flatten(2), target.flatten(1)
     n_chunks = _chunks(logits)
-    slices = zip(logits.chunk(n_chunks, 2), target.chunk(n_chunks, 1), strict=True)
+    slices = zip(_slices(logits, n_chunks), _slices(target, n_chunks), strict=True)
     parts = [_softmax_losses(x, y, weight, ignore_index, label_smoothing) for x, y in slices]
     losses, labels = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
     return PixelLosses(losses, (labels,))
@@ -253,8 +258,8 @@ def _search(
         shift = max(0, shift - BUCKETS_LOG2)
         sums = torch.zeros(2, segments * (edge_count + 1), dtype=torch.int64, device=device)
         n_chunks = _chunks(x, CHUNK_LOSSES)
-        rows = row.chunk(n_chunks, -1) if row.ndim == 1 else [row] * n_chunks
-        for ell, r in zip(x.chunk(n_chunks, -1), rows, strict=False):
+        rows = _slices(row, n_chunks) if row.ndim == 1 else [row] * n_chunks
+        for ell, r in zip(_slices(x, n_chunks), rows, strict=False):
             # A loss goes to the first edge that is not below it: 0 if that is lo, K if it is beyond the last one. What
             # is computed for these two is not used, so it may be infinite or NaN. An ignored pixel goes with the zeros.
             start = lo[r, 0]
@@ -347,7 +352,7 @@ def pixel_weights(pixels: PixelLosses, solution: Tensor, grad_output: Tensor, dt
     scale = step * grad_output.view(-1, 1)
     out = torch.empty_like(losses, dtype=dtype)
     n_chunks = _chunks(losses, CHUNK_LOSSES)
-    for x, w in zip(losses.chunk(n_chunks, 1), out.chunk(n_chunks, 1), strict=True):
+    for x, w in zip(_slices(losses, n_chunks), _slices(out, n_chunks), strict=True):
         # A NaN scale (a poisoned segment) times 0 is NaN as well: ignored pixels are set last.
         w.copy_((relative_weights(x, solution) * scale).masked_fill_(x == IGNORED, 0.0))
     return out.view_as(pixels.losses)
@@ -381,7 +386,7 @@ def logits_gradient(
 
     grad = torch.empty_like(logits)
     images = (image.unsqueeze(1) for image in (labels, spread, hit, weights))
-    for x, out, label, a, b, w in zip(*(piece.chunk(n_chunks, 2) for piece in (logits, grad, *images)), strict=True):
+    for x, out, label, a, b, w in zip(*(_slices(piece, n_chunks) for piece in (logits, grad, *images)), strict=True):
         d = x.to(dtype)
         # NaN here comes of a bad logit. Of an ignored pixel it must not get through, but 0·NaN is NaN; of a valid one
         # it will get through, since its segment is poisoned and the factor NaN. Elsewhere the sum is 1 at least.

@@ -60,7 +60,7 @@ def softmax_losses(
     target = _walkable(target, logits)
     table = configs.table(logits.device)
     statistics = _workspace(segments, logits.device)
-    pixel_losses, labels, nll = _pixel_buffers(logits, table, weight is None and not label_smoothing)
+    pixel_losses, labels, nll = pixel_buffers(logits, table, weight is None and not label_smoothing)
     cross_entropy.softmax_losses(
         logits, target, weight, ignore_index, label_smoothing, pixel_losses, labels, nll, statistics, table
     )
@@ -72,13 +72,14 @@ def _walkable(target: Tensor, logits: Tensor) -> Tensor:
     return target if len(layout_of(logits, target).sizes) <= LEVELS else target.contiguous()
 
 
-def _pixel_buffers(logits: Tensor, table: configs.Table, plain: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """losses, labels, and nll if the gradient needs it.
+def pixel_buffers(logits: Tensor, table: configs.Table, plain: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """losses, labels, and nll if the gradient needs it. Also what `lmp_triton.operators` tells a compiler.
 
     With all classes in registers the gradient kernel needs no help; otherwise −log softmax, which is the loss itself
     (plain) unless class weights or smoothing change it.
     """
     images, classes, *spatial = logits.shape
+    classes = int(classes)  # a symbol where shapes are traced: C is a constant of the graph
     pixel_losses = torch.empty(images, math.prod(spatial), dtype=torch.float32, device=logits.device)
     labels = torch.empty_like(pixel_losses, dtype=torch.uint8 if classes <= 256 else torch.int16)
     whole = table.rows.above if cross_entropy.classes_adjacent(logits) else configs.pixel_config(table, classes).chunk
@@ -105,7 +106,7 @@ def solve(
     assert pixels.statistics is not None
     losses = pixels.losses.view(segments, -1)
     length = losses.shape[1]
-    pooling = _pooling(segments, reduction, device)
+    pooling = pooling_buffers(segments, reduction, device)
     rest = (pixels.statistics, pooling.solution, pooling.loss, pooling.counts, pooling.value)
     options = (parameters(p, ratio), reduction)
     if configs.solver_for(length, solver, table.sort) == "sort":
@@ -126,7 +127,8 @@ def _short_list(segments: int, length: int, config: configs.SelectConfig, device
     return torch.empty(segments, min(config.capacity, length), dtype=torch.float32, device=device)
 
 
-def _pooling(segments: int, reduction: str, device: torch.device) -> Pooling:
+def pooling_buffers(segments: int, reduction: str, device: torch.device) -> Pooling:
+    """Also what `lmp_triton.operators` tells a compiler."""
     solution = torch.empty(len(SOLUTION_ROWS), segments, dtype=torch.float32, device=device)
     loss = torch.empty(segments, dtype=torch.float32, device=device)
     counts = torch.empty(2, segments, dtype=torch.int64, device=device)
@@ -174,8 +176,8 @@ def _forward(
     target = _walkable(target, logits)
     table = configs.table(logits.device)
     statistics = _workspace(segments, logits.device)
-    pixel_losses, labels, nll = _pixel_buffers(logits, table, weight is None and not label_smoothing)
-    pooling = _pooling(segments, reduction, logits.device)
+    pixel_losses, labels, nll = pixel_buffers(logits, table, weight is None and not label_smoothing)
+    pooling = pooling_buffers(segments, reduction, logits.device)
     forward.forward(
         logits,
         target,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +16,13 @@ from .types import PoolingStats
 class LossMaxPooling(nn.Module):
     """Loss max-pooling over softmax cross-entropy; the arguments of `lmp_triton.loss_max_pooling`, fixed once.
 
-    `p` and `ratio` are plain attributes and may be changed between calls. `weight` is a buffer: it moves with the
-    module and is in its state_dict. A negative class weight is refused here, where looking at a GPU costs nothing yet.
+    `weight` is a buffer, as in `torch.nn.CrossEntropyLoss`: it moves with the module and is in its state_dict. A
+    negative class weight is refused here, where looking at a GPU costs nothing yet.
+
+    `p` and `ratio` are plain attributes and may be changed between calls, a float for a float or a tensor. A tensor is
+    kept as it is, not copied: fill it in place to change the value under torch.compile or in a CUDA graph (see
+    `RatioSchedule`). It moves with the module from device to device, but keeps its type where `half()` or
+    `to(torch.bfloat16)` would round it, and is an option, not a state: not in the state_dict.
     """
 
     weight: Tensor | None
@@ -53,6 +59,15 @@ class LossMaxPooling(nn.Module):
         self.return_stats = return_stats
         self.check_targets = check_targets
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LossMaxPooling:
+        """What `to`, `cuda`, `half` … go through: p and ratio follow to the device, but not to the type."""
+        super()._apply(fn, recurse)
+        for name in ("p", "ratio"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(fn(value).device))
+        return self
+
     def forward(self, logits: Tensor, target: Tensor) -> Tensor | tuple[Tensor, PoolingStats]:
         """The loss of logits (N, C, *spatial) and target (N, *spatial)."""
         return loss_max_pooling(
@@ -74,9 +89,10 @@ class LossMaxPooling(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, in the order of the constructor."""
+        p, ratio = ("tensor" if isinstance(x, Tensor) and x.is_meta else f"{float(x):g}" for x in (self.p, self.ratio))
         weight = None if self.weight is None else f"tensor{tuple(self.weight.shape)}"
         return (
-            f"p={float(self.p):g}, ratio={float(self.ratio):g}, weight={weight}, ignore_index={self.ignore_index}, "
+            f"p={p}, ratio={ratio}, weight={weight}, ignore_index={self.ignore_index}, "
             f"label_smoothing={self.label_smoothing:g}, scope={self.scope!r}, reduction={self.reduction!r}, "
             f"backend={self.backend!r}, solver={self.solver!r}"
         )

@@ -24,8 +24,9 @@ class Launch(NamedTuple):
     """Bytes read a pixel, at least; what is read again from the cache not counted."""
     written: float = 0
     """Bytes written a pixel."""
-    tiles: str = "pixels"
-    """What a tile's pixels are: "pixels", or "losses" of a segment."""
+    again: tuple[int, int] | None = None
+    """A loop over the classes, by its number in `Compiled.loops`, and how often it runs."""
+    cooperative: bool = False
 
 
 def _launch(
@@ -84,6 +85,11 @@ def _logits(
     return config, pointers, constants, nll
 
 
+def _chunks(loop: int, classes: int, config: configs.LogitsConfig) -> tuple[int, int] | None:
+    chunks = -(-classes // config.chunk)
+    return (loop, chunks) if chunks > 1 else None
+
+
 def softmax_losses(
     classes: int,
     dtype: str = "bf16",
@@ -104,6 +110,7 @@ def softmax_losses(
         config.block,
         read=classes * SIZES[dtype] + 8,
         written=4 + (1 if classes <= 256 else 2) + 4 * nll,
+        again=_chunks(1, classes, config),
     )
 
 
@@ -127,6 +134,7 @@ def logits_gradient(
         config.block,
         read=classes * SIZES[dtype] + 4 + (1 if classes <= 256 else 2) + 4 * nll,
         written=classes * SIZES[dtype],
+        again=_chunks(-1, classes, config),
     )
 
 
@@ -142,7 +150,6 @@ def mark_losses(
         table.stream.block,
         read=SIZES[dtype] + masked,
         written=4,
-        tiles="losses",
     )
 
 
@@ -182,7 +189,7 @@ def select_threshold(
         config.warps,
         config.block,
         read=4 * (phases[1] - phases[0]),
-        tiles="losses",
+        cooperative=wait,
     )
 
 
@@ -210,6 +217,7 @@ def forward_in_one(
         config.block,
         read=classes * SIZES[dtype] + 8 + 4 * (passes + 1),
         written=4 + (1 if classes <= 256 else 2),
+        cooperative=True,
     )
 
 
@@ -239,7 +247,6 @@ def sort_runs(
         config.run,
         read=4,
         written=4 if one_run else 12,
-        tiles="losses",
     )
 
 
@@ -266,5 +273,4 @@ def pixel_weights(
         table.stream.block,
         read=4,
         written=SIZES[dtype] * write,
-        tiles="losses",
     )

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,20 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)", re.MULTILINE)
 LABEL = re.compile(r"^(\.L_x_\d+):")
 BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
+NVIDIA_WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "E": 32, "64": 64, "128": 128}
+AMD_OPCODE = re.compile(r"^\t((?:s|v|ds|global|buffer|flat|scratch)_\w+)", re.MULTILINE)
+AMD_WIDTHS = {
+    "ubyte": 8,
+    "byte": 8,
+    "ushort": 16,
+    "short": 16,
+    "dword": 32,
+    "dwordx2": 64,
+    "dwordx3": 96,
+    "dwordx4": 128,
+}
+MEMORY = re.compile(r"\b(?:st|red|atom)\.")
+RELEASE = re.compile(r"\batom\S*\.(?:release|acq_rel)\b")
 
 
 @dataclass(frozen=True)
@@ -27,52 +41,121 @@ class Compiled:
 
     registers: int
     """a thread."""
+    spills: int
+    """Instructions that move registers to and from local memory; on AMD, vector registers that were moved."""
     stack: int
     """Bytes of local memory a thread."""
     shared: int
-    """Bytes a CTA."""
+    """Bytes a program."""
+    warp: int
+    """Threads a warp."""
     opcodes: tuple[str, ...]
-    """SASS instructions with their modifiers, in program order."""
+    """Instructions with their modifiers, in program order."""
+    loads: Counter[int] = field(default_factory=Counter)
+    """Loads from global memory by their width in bits."""
+    stores: Counter[int] = field(default_factory=Counter)
     loops: tuple[int, ...] = ()
     """Instructions from the head of each loop to its backward branch (loops inside it included), by their heads."""
+    releases: int = 0
+    """Atomics that publish what other threads of the program wrote."""
+    unguarded: int = 0
+    """Those of them without a barrier of the program between them and what was written before."""
 
     def count(self, prefix: str) -> int:
         """How many instructions start with `prefix`."""
         return sum(opcode.startswith(prefix) for opcode in self.opcodes)
 
-    def histogram(self) -> Counter[str]:
-        """How often each opcode with its modifiers occurs."""
-        return Counter(self.opcodes)
+
+def target(architecture: int | str) -> GPUTarget:
+    """sm_… for a number, 10 · major + minor; an AMD architecture for a name."""
+    return GPUTarget("cuda", architecture, 32) if isinstance(architecture, int) else GPUTarget("hip", architecture, 64)
 
 
 def compile_for(
     kernel: Any,
-    capability: int,
+    architecture: int | str,
     signature: Mapping[str, str],
     constants: Mapping[str, Any],
     num_warps: int = 4,
-    aligned: bool = True,
+    cooperative: bool = False,
 ) -> Compiled:
-    """Compile `kernel` for sm_`capability` and disassemble it.
+    """Compile `kernel` for an architecture (see `target`) and disassemble it; pointers are divisible by 16.
 
     Args:
         signature: the type of each argument that is not a constant, as "*bf16" or "i32".
-        constants: the tl.constexpr arguments.
-        aligned: pointers are divisible by 16, as PyTorch's allocations are.
+        constants: the tl.constexpr arguments, and tensors that are None.
     """
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if aligned and t.startswith("*")}
-    built = triton.compile(
-        ASTSource(kernel, types, dict(constants), attrs),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "enable_fp_fusion": True},
-    )
+    attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
+    options = {"num_warps": num_warps, "enable_fp_fusion": True, "launch_cooperative_grid": cooperative}
+    source = ASTSource(kernel, types, dict(constants), attrs)
+    built = triton.compile(source, target=target(architecture), options=options)
+    if "amdgcn" in built.asm:
+        return _amd(built.asm["amdgcn"], built.metadata)
     numbers = resources(built.asm["cubin"])
     sass = _run("nvdisasm", built.asm["cubin"], "-c")
     opcodes = tuple(name + modifiers for name, modifiers in OPCODE.findall(sass))
     opcodes = opcodes[: len(opcodes) - next((i for i, o in enumerate(reversed(opcodes)) if o != "NOP"), 0)]
-    stack = numbers["STACK"] + numbers["LOCAL"]
-    return Compiled(numbers["REG"], stack, built.metadata.shared, opcodes, _loops(sass))
+    releases, unguarded = _releases(built.asm["ptx"])
+    return Compiled(
+        numbers["REG"],
+        sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
+        numbers["STACK"] + numbers["LOCAL"],
+        built.metadata.shared,
+        32,
+        opcodes,
+        _widths(opcodes, "LDG"),
+        _widths(opcodes, "STG"),
+        _loops(sass),
+        releases,
+        unguarded,
+    )
+
+
+def _amd(assembly: str, metadata: Any) -> Compiled:
+    numbers = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", assembly)}
+    assert numbers["wavefront_size"] == 64
+    assert numbers["max_flat_workgroup_size"] == 64 * metadata.num_warps
+    opcodes = tuple(AMD_OPCODE.findall(assembly))
+    found: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
+    for opcode in opcodes:
+        parts = opcode.split("_")
+        if parts[0] in ("global", "buffer") and parts[1] in found:
+            found[parts[1]][AMD_WIDTHS[parts[2]]] += 1
+    return Compiled(
+        numbers["vgpr_count"],
+        numbers["vgpr_spill_count"],
+        numbers["private_segment_fixed_size"],
+        metadata.shared,
+        64,
+        opcodes,
+        found["load"],
+        found["store"],
+    )
+
+
+def _widths(opcodes: tuple[str, ...], kind: str) -> Counter[int]:
+    found: Counter[int] = Counter()
+    for opcode in opcodes:
+        name, *modifiers = opcode.split(".")
+        if name == kind:
+            found[next((NVIDIA_WIDTHS[m] for m in reversed(modifiers) if m in NVIDIA_WIDTHS and m != "E"), 32)] += 1
+    return found
+
+
+def _releases(ptx: str) -> tuple[int, int]:
+    """How many atomics release, and how many of them do so before a barrier has come after the last write."""
+    releases = unguarded = 0
+    synchronised = False
+    for line in ptx.splitlines():
+        if "bar.sync" in line or "barrier.sync" in line:
+            synchronised = True
+        if RELEASE.search(line):
+            releases += 1
+            unguarded += not synchronised
+        if MEMORY.search(line) and "shared" not in line:
+            synchronised = False
+    return releases, unguarded
 
 
 def _loops(sass: str) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ network and installs nothing: torch, Triton, numpy, pandas, pytest, and where th
 ncu. Results: FOLDER/summary.txt, FOLDER/times.csv, and FOLDER/gpu_session.tar.gz with these, a log a stage and the
 report; the archive is renewed after every stage, so that what is cut off leaves what it had.
 
-Pipeline B (cooperative launches) is not built, so there is no hang test of it yet. Every stage is killed at its limit.
+The stage "cooperative" is the test of the launches whose programs wait for each other: it ends itself if a call hangs
+for 20 seconds, and is killed at its limit as every stage is. Only after it they are timed, in "bench_cooperative".
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = "softmax_losses_kernel|narrow_bracket_kernel|select_kernel|sort_kernel|logits_gradient_kernel"
+KERNELS = "softmax_losses_kernel|select_kernel|sort_kernel|logits_gradient_kernel"
 METRICS = (
     "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,"
     "dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__inst_executed.sum,"
@@ -53,6 +54,7 @@ def stages(logs: Path) -> list[Stage]:
     bench = [python, "-m", "lmp_triton.perf.bench", "run", "--out", table]
     quick = ("lmp_triton", "F.cross_entropy", "F.cross_entropy, compiled")
     rest = ("lmp_triton, select", "lmp_triton, sort", "LMP by torch.sort", "Liger cross-entropy", "top-k (detectron2)")
+    waiting = ("lmp_triton, cooperative solve", "lmp_triton, cooperative forward")
     return [
         Stage("environment", [python, str(Path(__file__)), "--environment"], 40),
         Stage("stress", [python, str(perf / "stress.py"), "--seconds", "25"], 60),
@@ -62,11 +64,13 @@ def stages(logs: Path) -> list[Stage]:
             170,
         ),
         Stage("bench", [*bench, "--set", "core", "--seconds", "75", "--providers", *quick], 120),
+        Stage("cooperative", [python, str(perf / "stress.py"), "--cooperative", "--seconds", "20"], 50),
         Stage("memcheck", [*sanitizer, "--tool", "memcheck", *small], 40),
         Stage("racecheck", [*sanitizer, "--tool", "racecheck", *small], 40),
         Stage("initcheck", [*sanitizer, "--tool", "initcheck", *small], 40),
         Stage("ncu", ["ncu", "--kernel-name", f"regex:{KERNELS}", "--metrics", METRICS, "--csv", *small], 45),
-        Stage("bench_rest", [*bench, "--set", "core", "--seconds", "40", "--providers", *rest], 80),
+        Stage("bench_cooperative", [*bench, "--set", "core", "--seconds", "20", "--providers", *waiting], 40),
+        Stage("bench_rest", [*bench, "--set", "core", "--seconds", "30", "--providers", *rest], 60),
         Stage("report", [python, "-m", "lmp_triton.perf.bench", "report", table, "--to", str(logs / "report")], 30),
     ]
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
+from lmp_triton.perf.providers import asking
 from lmp_triton.perf.standin import StandIn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,17 +42,6 @@ class Memsets(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@contextmanager
-def pipeline(name: str) -> Iterator[None]:
-    """LMP_TRITON_COOPERATIVE for a while."""
-    before = os.environ.get(dispatch.COOPERATIVE_VARIABLE, "")
-    os.environ[dispatch.COOPERATIVE_VARIABLE] = name
-    try:
-        yield
-    finally:
-        os.environ[dispatch.COOPERATIVE_VARIABLE] = before
-
-
 def inputs(shape: tuple[int, ...], layout: str = "contiguous") -> tuple[Tensor, Tensor]:
     """Memory nobody has touched: logits bf16, target int64."""
     logits = torch.empty(shape, dtype=torch.bfloat16)
@@ -74,7 +62,7 @@ def launches(gpu: StandIn) -> list[dict[str, object]]:
         for name in dispatch.COOPERATIVE:
             logits, target = inputs(shape)
             gpu.launches.clear()
-            with pipeline(name), Memsets() as memsets:
+            with asking(name), Memsets() as memsets:
                 loss = call(logits, target)
                 forward = list(gpu.launches)
                 gpu.launches.clear()
@@ -125,7 +113,7 @@ def host_times(repeats: int) -> list[dict[str, object]]:
     small, label = torch.randn(1, 2, 4, requires_grad=True), torch.zeros(1, 4, dtype=torch.long)
     rows: list[dict[str, object]] = []
     for name in dispatch.COOPERATIVE:
-        with pipeline(name):
+        with asking(name):
             torch.autograd.grad(call(logits, target), logits)  # compiles
             forward = median(lambda: call(logits, target))
             both = median(lambda: torch.autograd.grad(call(logits, target), logits))

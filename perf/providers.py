@@ -6,10 +6,12 @@ results; it is not dropped.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lmp_triton
+from lmp_triton import dispatch
 
 from .workloads import Workload
 
@@ -36,14 +39,33 @@ class Provider(NamedTuple):
     """Computes the max-pooled loss: value and gradient are compared with the oracle."""
 
 
-def ours(backend: str, solver: str = "auto") -> Callable[[Workload], Loss]:
-    """This project, one backend and solver."""
+@contextlib.contextmanager
+def asking(cooperative: str) -> Iterator[None]:
+    """`dispatch.COOPERATIVE_VARIABLE` for a while."""
+    before = os.environ.get(dispatch.COOPERATIVE_VARIABLE, "")
+    os.environ[dispatch.COOPERATIVE_VARIABLE] = cooperative
+    try:
+        yield
+    finally:
+        os.environ[dispatch.COOPERATIVE_VARIABLE] = before
+
+
+def ours(backend: str, solver: str = "auto", cooperative: str = "") -> Callable[[Workload], Loss]:
+    """This project: one backend, solver and way to launch."""
 
     def make(workload: Workload) -> Loss:
         if backend == "triton" and not torch.cuda.is_available():
             raise Unavailable("the kernels need a GPU")
         options = {"p": P, "ratio": RATIO, "scope": workload.scope, "backend": backend, "solver": solver}
-        return functools.partial(lmp_triton.loss_max_pooling, **options)  # type: ignore[arg-type]
+        loss = functools.partial(lmp_triton.loss_max_pooling, **options)  # type: ignore[arg-type]
+        if not cooperative:
+            return loss
+
+        def asked(logits: Tensor, target: Tensor) -> Tensor:
+            with asking(cooperative):
+                return loss(logits, target)
+
+        return asked
 
     return make
 
@@ -147,6 +169,8 @@ PROVIDERS = {
     "lmp_triton": Provider(ours("triton"), pooled=True),
     "lmp_triton, select": Provider(ours("triton", "select"), pooled=True),
     "lmp_triton, sort": Provider(ours("triton", "sort"), pooled=True),
+    "lmp_triton, cooperative solve": Provider(ours("triton", "select", "solve"), pooled=True),
+    "lmp_triton, cooperative forward": Provider(ours("triton", "select", "forward"), pooled=True),
     "lmp_triton, eager": Provider(ours("eager"), pooled=True),
     "lmp_triton, eager, compiled": Provider(compiled(ours("eager")), pooled=True),
     "LMP by torch.sort": Provider(by_sorting, pooled=True),

@@ -1,25 +1,29 @@
 """The kernels against the oracle, again and again, with other work on the GPU: what a race would show up in.
 
-    python perf/stress.py [--seconds 20] [--small]
+    python perf/stress.py [--seconds 20] [--small] [--cooperative]
 
 compute-sanitizer's racecheck sees shared memory only; what programs tell each other through global memory (tickets,
 integer totals, the short list) is checked here: every repeat must give the bits of the first, on fresh inputs of every
 kind, while another stream keeps part of the GPU busy, so that programs start late and in other orders. --small: one
-round of every kernel on small inputs, for compute-sanitizer and ncu.
+round of every kernel on small inputs, for compute-sanitizer and ncu. --cooperative: the launches whose programs wait
+for each other (LMP_TRITON_COOPERATIVE) against separate ones, bit for bit; a watchdog ends the process if one hangs.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import threading
 import time
 
 import numpy as np
 import torch
+from lmp_triton.perf.providers import asking
 from torch import Tensor
 
 import lmp_triton
-from lmp_triton import reference
+from lmp_triton import dispatch, reference
 
 CASES = (
     # n, segments: one run; many runs and no pass; one pass; two passes
@@ -93,9 +97,72 @@ def run(seconds: float, small: bool) -> int:
         ):
             logits = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
             target = torch.randint(shape[1], (shape[0], *shape[2:]), device=device)
-            lmp_triton.loss_max_pooling(logits, target, backend="triton", **options).backward()  # type: ignore[arg-type]
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = logits.detach().contiguous(memory_format=layout).requires_grad_()
+                lmp_triton.loss_max_pooling(x, target, backend="triton", **options).backward()  # type: ignore[arg-type]
     torch.cuda.synchronize()
     print(f"{total} repeats, {bad} bad")
+    return bad
+
+
+SHAPES = (
+    # images, classes, pixels: no pass, one, two; many images; one image and so the most programs a segment
+    ((3, 5, 5_000), "image"),
+    ((2, 19, 302_500), "image"),
+    ((1, 4, 1_300_000), "image"),
+    ((64, 7, 9_000), "image"),
+    ((4, 21, 103_041), "batch"),
+)
+PATIENCE = 20.0
+"""Seconds without an end of a call before it counts as hanging."""
+
+
+def run_cooperative(seconds: float) -> int:
+    """How many calls gave other bits than separate launches; ends the process with 3 if one never comes back."""
+    device = torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(int(time.time()))
+    print(f"seed {generator.initial_seed()}")
+    load, busy = torch.randn(2048, 2048, device=device), torch.cuda.Stream()
+    alive = time.monotonic()
+    doing = "nothing"
+
+    def watch() -> None:
+        while True:
+            time.sleep(1)
+            if time.monotonic() - alive > PATIENCE:
+                print(f"HANGS: {doing}", flush=True)
+                os._exit(3)
+
+    threading.Thread(target=watch, daemon=True).start()
+    bad = total = 0
+    end = time.monotonic() + seconds
+    while True:
+        for (images, classes, pixels), scope in SHAPES:
+            logits = torch.randn(images, classes, pixels, generator=generator, device=device, dtype=torch.bfloat16)
+            target = torch.randint(classes, (images, pixels), generator=generator, device=device)
+            for p in PS:
+                expected = None
+                for way in (*dispatch.COOPERATIVE, *dispatch.COOPERATIVE[1:] * 5):
+                    doing = f"{(images, classes, pixels)} {scope} p={p} cooperative={way}"
+                    x = logits.detach().requires_grad_()
+                    with torch.cuda.stream(busy):
+                        load @ load
+                    with asking(way):
+                        loss = lmp_triton.loss_max_pooling(
+                            x, target, p=p, scope=scope, reduction="none", backend="triton", solver="select"
+                        )
+                    loss.sum().backward()
+                    torch.cuda.synchronize()
+                    alive = time.monotonic()
+                    total += 1
+                    assert x.grad is not None
+                    expected = (loss.detach(), x.grad) if expected is None else expected
+                    if not (torch.equal(loss, expected[0]) and torch.equal(x.grad, expected[1])):
+                        print(f"NOT THE SAME BITS: {doing}")
+                        bad += 1
+        if time.monotonic() > end:
+            break
+    print(f"{total} calls, {bad} bad, none hung")
     return bad
 
 
@@ -103,11 +170,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--cooperative", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU: nothing was run")
         return 0
-    return 1 if run(options.seconds, options.small) else 0
+    bad = run_cooperative(options.seconds) if options.cooperative else run(options.seconds, options.small)
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Without a GPU: every kernel compiles for every architecture, spills nothing and loads vectors."""
+"""Without a GPU: every kernel compiles for every architecture, spills nothing, and loads and stores what it must.
+
+LMP_TRITON_ARCHITECTURES, as "80 90", leaves some out; .ci/run does so for the oldest and the newest Triton.
+"""
 
 import io
 import os
@@ -9,44 +12,147 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "perf" / "static.py"
+ARCHITECTURES = os.environ.get("LMP_TRITON_ARCHITECTURES", "80 86 89 90 100 120 gfx942").split()
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=[80, 86, 89, 90, 100, 120])
-def table(request):
-    """The static report of one architecture, from a process of its own: under TRITON_INTERPRET nothing compiles."""
-    pytest.importorskip("triton")
+def report(*arguments):
+    """What the script prints, in a process of its own: under TRITON_INTERPRET nothing compiles."""
     pandas = pytest.importorskip("pandas")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), "--csv", "-", "--capability", str(request.param)]
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), "--csv", "-", *arguments]
     result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return pandas.read_csv(io.StringIO(result.stdout)).set_index("kernel")
+    return pandas.read_csv(io.StringIO(result.stdout))
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def table(request):
+    """The static report of one architecture."""
+    pytest.importorskip("triton")
+    found = report("--architecture", request.param).set_index("kernel")
+    assert len(found) > 60
+    return found
+
+
+def nvidia(table):
+    """Skips what is read from NVIDIA's instructions alone."""
+    if table["architecture"].astype(str).str.startswith("gfx").any():
+        pytest.skip("AMD: shown to compile, with a wavefront of 64")
 
 
 def test_nothing_spills(table):
-    assert len(table) > 20
-    assert (table["spills"] == 0).all() and (table["registers"] < 255).all()
+    assert (table["spills"] == 0).all(), table.loc[table["spills"] > 0, ["registers", "spills"]]
+    assert (table["stack"][table["spills"] == 0] == 0).all() or table["architecture"].eq("gfx942").all()
 
 
-def test_width_of_loads(table):
-    """4 pixels a thread. 550·550 is divisible by 4: 64-bit loads of bf16; 321·321 is odd: 16-bit ones.
+@pytest.mark.parametrize("classes", [2, 3, 19, 21, 32])
+def test_every_logit_is_loaded_once_and_every_gradient_stored_once(table, classes):
+    """All classes in registers, in one load and one store each of as many pixels as a thread has."""
+    nvidia(table)
+    losses, gradient = table.loc[f"softmax_losses bf16 C={classes}"], table.loc[f"logits_gradient bf16 C={classes}"]
+    wide = "64" if losses["load 64"] >= classes else "32"  # 4 pixels a thread, or 2
+    pixels = {"64": 4, "32": 2}[wide]
+    assert losses[f"load {wide}"] == classes and losses["load 16"] == pixels  # x_label, gathered
+    assert losses["load 128"] == pixels // 2  # int64 labels, two a load
+    assert gradient[f"store {wide}"] == classes
+    assert sum(gradient[f"store {bits}"] for bits in (8, 16, 32, 64, 128)) == classes
+    losses, gradient = table.loc[f"softmax_losses fp32 C={classes}"], table.loc[f"logits_gradient fp32 C={classes}"]
+    twice = {"64": "128", "32": "64"}[wide]
+    assert gradient[f"store {twice}"] == classes
+    # Of the same width as fp32 logits: int64 labels in the one kernel, losses (and the solution) in the other.
+    assert losses[f"load {twice}"] >= classes and gradient[f"load {twice}"] in (classes, classes + 1)
 
-    Each logit is loaded once a pass and each gradient stored once; the 16-bit loads besides gather x_label.
-    """
-    wide, odd = table.loc["softmax_losses bf16 C=19"], table.loc["softmax_losses bf16 C=19 odd"]
-    assert wide["LDG 64"] == 19 + 4 and wide["LDG 16"] == 4  # 4 more: the int64 labels
-    assert odd["LDG 16"] == 19 * 4 + 4
-    wide, odd = table.loc["logits_gradient bf16 C=19"], table.loc["logits_gradient bf16 C=19 odd"]
-    assert wide["LDG 64"] == 19 and wide["STG 64"] == 19
-    assert odd["LDG 16"] == 19 * 4 and odd["STG 16"] == 19 * 4
-    assert table.loc["softmax_losses fp32 C=19", "LDG 128"] == 19
-    assert table.loc["logits_gradient fp32 C=19", "STG 128"] == 19
+
+@pytest.mark.parametrize("classes, chunk", [(150, 10), (847, 7), (1024, 8)])
+def test_chunks_of_classes(table, classes, chunk):
+    """The loop over the classes loads and stores a chunk of them."""
+    nvidia(table)
+    assert table.loc[f"softmax_losses bf16 C={classes}", "load 64"] == chunk
+    assert table.loc[f"logits_gradient bf16 C={classes}", "store 64"] == chunk
+
+
+@pytest.mark.parametrize("unit, bits, loads", [(1, 16, 4), (2, 32, 2), (16, 64, 1)])
+def test_width_follows_divisibility(table, unit, bits, loads):
+    """4 pixels a thread: in one load where the image's size is divisible by 4 (550·550) or 16, else in two or four."""
+    nvidia(table)
+    losses, gradient = (table.loc[f"{stage} bf16 C=19 unit={unit}"] for stage in ("softmax_losses", "logits_gradient"))
+    assert losses[f"load {bits}"] in (19 * loads, 19 * loads + 4)  # x_label, gathered
+    assert gradient[f"store {bits}"] == 19 * loads
+    # Cropped logits are as well off where their rows are divisible.
+    assert table.loc["softmax_losses bf16 C=19 cropped", "load 64"] >= 19
+
+
+def test_rows_of_classes(table):
+    """channels_last: one load a class and pixel of one thread up to 32 classes; above, as wide as the stride allows."""
+    nvidia(table)
+    assert table.loc["softmax_losses bf16 C=19 channels_last", "load 16"] == 19 + 1
+    assert table.loc["softmax_losses bf16 C=1000 channels_last", "load 128"] >= 2
+    assert table.loc["logits_gradient bf16 C=1000 channels_last", "store 128"] >= 2
+    assert table.loc["softmax_losses bf16 C=150 channels_last", "load 32"] >= 8
+
+
+BUDGET = {
+    # Instructions a pixel (a loss); today's on sm_90 and Triton 3.8 in brackets.
+    "softmax_losses bf16 C=19": 340,  # (268); about 480 are free at 3 TB/s, an estimate of the design
+    "logits_gradient bf16 C=19": 440,  # (379)
+    "softmax_losses bf16 C=150": 1750,  # (1372)
+    "logits_gradient bf16 C=150": 2800,  # (2268)
+    "softmax_losses bf16 C=19 channels_last": 560,  # (444)
+    "logits_gradient bf16 C=19 channels_last": 1300,  # (981)
+    "select, first pass": 900,  # (708)
+    "sort one run": 800,  # (629): what perf/NOTES.md weighs the two solvers by
+    "sort runs": 1150,  # (935)
+}
 
 
 def test_instructions_a_pixel(table):
-    """About 480 are free at 3 TB/s on an H100 (an estimate of the design); the bounds sit a little above today's."""
-    assert table.loc["softmax_losses bf16 C=19", "a pixel"] < 340
-    assert table.loc["logits_gradient bf16 C=19", "a pixel"] < 440
-    # A loss: what perf/NOTES.md weighs the two solvers by.
-    assert table.loc["sort one run", "a pixel"] < 640
-    assert table.loc["sort runs", "a pixel"] < 940
+    nvidia(table)
+    for name, most in BUDGET.items():
+        assert table.loc[name, "a pixel"] < most, name
+
+
+def test_bytes_a_pixel(table):
+    """Two reads and one write of the logits; 5 more bytes written, 9 with many classes and weights or smoothing."""
+    size = 19 * 2
+    losses, gradient = table.loc["softmax_losses bf16 C=19"], table.loc["logits_gradient bf16 C=19"]
+    assert losses["read"] == size + 8 and losses["written"] == 5
+    assert gradient["read"] == size + 5 and gradient["written"] == size
+    assert table.loc["softmax_losses bf16 C=150 weights smoothing", "written"] == 9
+
+
+def test_a_barrier_before_each_release(table):
+    """What the other threads wrote must be there when one of them says so."""
+    nvidia(table)
+    assert (table["unguarded"] == 0).all()
+    assert (table.loc[table.index.str.startswith(("select", "sort", "forward")), "release atomics"] >= 1).all()
+    assert table.loc["select cooperative, two passes", "release atomics"] == 6  # a ticket and a flag a pass, 2 tickets
+
+
+def test_the_reader_of_barriers_sees_a_missing_one():
+    pytest.importorskip("triton")
+    from lmp_triton.perf.compiled import _releases
+
+    good = "st.global.b32 [%r1], %r2;\nbar.sync 0;\natom.global.gpu.acq_rel.add.u64 %r3, [%r4], 1;"
+    assert _releases(good) == (1, 0)
+    assert _releases(good.replace("bar.sync 0;\n", "")) == (1, 1)
+    assert _releases(
+        good + "\nred.global.gpu.relaxed.add.u64 [%r4], 1;\natom.release.gpu.global.add.u64 %r3, [%r4], 1;"
+    ) == (2, 1)
+
+
+def test_offsets_are_64_bits_wide():
+    """Strides are 64-bit arguments, whatever their values: no tensor is too large for a compiled kernel."""
+    pytest.importorskip("triton")
+    from lmp_triton.perf import catalogue
+
+    for launch in (catalogue.softmax_losses(19), catalogue.logits_gradient(19), catalogue.forward_in_one(19)):
+        strides = {name: kind for name, kind in launch.signature.items() if "stride" in name}
+        assert len(strides) >= 9 and set(strides.values()) == {"i64"}
+
+
+def test_pipelines():
+    """The prediction for every pipeline, never below the floor, and in order of their launches."""
+    pytest.importorskip("triton")
+    found = report("--pipelines", "--architecture", ARCHITECTURES[0])
+    assert (found["predicted us"] > found["floor us"]).all()
+    assert set(found["cooperative"]) == {"none", "solve", "forward"} and len(found) == 12

@@ -21,6 +21,7 @@ LOGITS, TARGET = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long)
         ({"p": "1"}, TypeError, "p must be a float or a 0-dim tensor, got str"),
         ({"p": torch.ones(2)}, ValueError, r"p must be a float or a 0-dim floating tensor, got shape \(2,\)"),
         ({"p": torch.tensor(0.9)}, ValueError, "p must be at least 1"),
+        ({"p": torch.tensor(1.3, requires_grad=True)}, ValueError, "p must not require a gradient"),
         ({"ratio": 0.0}, ValueError, r"ratio must be in \(0, 1\], got 0.0"),
         ({"ratio": 1.5}, ValueError, r"ratio must be in \(0, 1\], got 1.5"),
         ({"ratio": torch.tensor(0.5, device="meta")}, ValueError, "ratio is on meta, but the input is on cpu"),
