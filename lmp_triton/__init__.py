@@ -7,8 +7,9 @@
 Nothing is compiled, read or started at import; Triton itself is imported on the first call that uses it.
 """
 
-from . import reference
+from . import dropins, reference
 from .api import loss_max_pooling, optimal_weights, pool_losses, upsampled_loss_max_pooling
+from .dropins import obstacle
 from .modules import LossMaxPooling
 from .schedules import RatioSchedule, anneal
 from .types import PoolingStats
@@ -20,7 +21,9 @@ __all__ = [
     "PoolingStats",
     "RatioSchedule",
     "anneal",
+    "dropins",
     "loss_max_pooling",
+    "obstacle",
     "optimal_weights",
     "pool_losses",
     "reference",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, operators
+from . import checks, dispatch, distributed, operators
 from .autograd import FromLogits, FromLosses, Options
 from .types import PixelLosses, PoolingStats
 
@@ -45,7 +45,13 @@ def loss_max_pooling(
         scope: "image": each image is pooled on its own, as in the paper; "batch": all pixels together.
         reduction: "mean" over the segments (images, or the one batch) that have a valid pixel, "sum" over segments, or
             "none".
-        group: a torch.distributed process group to pool over; not built yet.
+        group: a torch.distributed process group, with scope="batch": pool the pixels of all its ranks together. Every
+            rank must make the call, with the same options and precision, at the price of five small collectives in the
+            forward pass (eight for float64; one more for return_stats) and none in the backward pass. The loss and the
+            statistics are the global ones, with the same bits on every rank (of the same kind of device); the gradient
+            is ∂(global loss)/∂(local logits), so multiply the loss by the world size under DistributedDataParallel,
+            which averages gradients. A rank may have no valid pixel, or an empty batch; one that raises, on bad input
+            say, leaves the others waiting. The threshold is found by the eager solver; solver must be "auto".
         backend: "auto", "triton" or "eager"; see `lmp_triton.dispatch.choose`. "auto" may fall back, a name may not.
         solver: "auto", "select" or "sort": which kernel finds the threshold; both find the same weights up to rounding.
             "auto" sorts short segments and searches long ones (`kernels/configs.py`).
@@ -62,7 +68,8 @@ def loss_max_pooling(
     Raises:
         ValueError, TypeError: an argument does not fit; names it, what it was and what it must be.
         IndexError: a label outside [0, C) that is not ignore_index, where labels are checked.
-        NotImplementedError: group; a transform of torch.func, forward-mode differentiation.
+        NotImplementedError: a transform of torch.func, forward-mode differentiation.
+        RuntimeError: group, but torch.distributed is not initialised.
     """
     checks.transforms(logits)
     checks.options(p, ratio, scope, reduction, group, logits.device)
@@ -72,14 +79,13 @@ def loss_max_pooling(
     segments = logits.shape[0] if scope == "image" else 1
     if logits.ndim == 2:  # rows are pixels of one image
         logits, target = logits.t().unsqueeze(0), target.unsqueeze(0)
-    backend = dispatch.choose(logits, backend, solver, segments)
-    if not target.numel():
+    backend = dispatch.choose(logits, backend, solver, segments, group)
+    if not target.numel() and group is None:
         return _nothing(logits, segments, reduction, return_stats)
-    options = Options(backend, segments, reduction, solver, ignore_index, float(label_smoothing))
+    options = Options(backend, segments, reduction, solver, ignore_index, float(label_smoothing), group)
     weight = weight if weight is None else weight.contiguous()
     pool = operators.pool_logits if _traced(backend) else FromLogits.apply
-    outputs = pool(logits, target, weight, p, ratio, options)
-    return _result(outputs, backend, return_stats)
+    return _result(pool(logits, target, weight, p, ratio, options), options, return_stats)
 
 
 def pool_losses(
@@ -107,19 +113,19 @@ def pool_losses(
         As `loss_max_pooling`.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `loss_max_pooling`.
+        ValueError, TypeError, RuntimeError: as `loss_max_pooling`.
     """
     checks.transforms(losses)
     checks.options(p, ratio, scope, reduction, group, losses.device)
     checks.losses_and_mask(losses, mask, scope)
     segments = losses.shape[0] if scope == "image" else 1
     losses, mask = _rows(losses), None if mask is None else _rows(mask)
-    backend = dispatch.choose(losses, backend, solver, segments)
-    if not losses.numel():
+    backend = dispatch.choose(losses, backend, solver, segments, group)
+    if not losses.numel() and group is None:
         return _nothing(losses, segments, reduction, return_stats)
+    options = Options(backend, segments, reduction, solver, group=group)
     pool = operators.pool_losses if _traced(backend) else FromLosses.apply
-    outputs = pool(losses, mask, p, ratio, Options(backend, segments, reduction, solver))
-    return _result(outputs, backend, return_stats)
+    return _result(pool(losses, mask, p, ratio, options), options, return_stats)
 
 
 def optimal_weights(
@@ -146,15 +152,16 @@ def optimal_weights(
     segments = losses.shape[0] if scope == "image" else 1
     shape, dtype = losses.shape, torch.promote_types(losses.dtype, torch.float32)
     losses, mask = _rows(losses), None if mask is None else _rows(mask)
-    backend = dispatch.choose(losses, backend, solver, segments)
-    if not losses.numel():
+    backend = dispatch.choose(losses, backend, solver, segments, group)
+    if not losses.numel() and group is None:
         return losses.detach().to(dtype).view(shape), _no_stats(losses, segments)
+    options = Options(backend, segments, "none", solver, group=group)
     pool = operators.pool_losses if _traced(backend) else FromLosses.apply
     with torch.no_grad():
-        _, solution, counts, losses = pool(losses, mask, p, ratio, Options(backend, segments, "none", solver))
+        _, solution, counts, losses = pool(losses, mask, p, ratio, options)
         one = torch.ones((), dtype=dtype, device=losses.device)
         weights = dispatch.module(backend).pixel_weights(PixelLosses(losses), solution, one, dtype)
-    return weights.view(shape), _stats(solution, counts, losses, backend)
+    return weights.view(shape), _stats(solution, counts, losses, options)
 
 
 def upsampled_loss_max_pooling(
@@ -181,13 +188,15 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(1) if x.ndim > 1 else x.unsqueeze(0)
 
 
-def _result(outputs: tuple[Tensor, ...], backend: str, return_stats: bool) -> Tensor | tuple[Tensor, PoolingStats]:
+def _result(outputs: tuple[Tensor, ...], options: Options, return_stats: bool) -> Tensor | tuple[Tensor, PoolingStats]:
     value, solution, counts, losses = outputs
-    return (value, _stats(solution, counts, losses, backend)) if return_stats else value
+    return (value, _stats(solution, counts, losses, options)) if return_stats else value
 
 
-def _stats(solution: Tensor, counts: Tensor, losses: Tensor, backend: str) -> PoolingStats:
-    total = dispatch.module(backend).total_weight(PixelLosses(losses), solution)
+def _stats(solution: Tensor, counts: Tensor, losses: Tensor, options: Options) -> PoolingStats:
+    total = dispatch.module(options.backend).total_weight(PixelLosses(losses), solution)
+    if options.group is not None:
+        total = distributed.sum_of_reals(total.double(), options.group).to(total.dtype)
     return PoolingStats(solution[0], solution[1], counts[0], counts[1], total)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, eager
 from .types import PixelLosses, Pooling
 
 
@@ -28,6 +28,15 @@ class Options(NamedTuple):
     solver: str = "auto"
     ignore_index: int = -100
     label_smoothing: float = 0.0
+    group: Any = None
+
+
+def _solve(pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, options: Options) -> Pooling:
+    """The solve stage of the backend; over the ranks of a group the eager one, whoever computed the losses."""
+    if options.group is not None:
+        return eager.solve(pixels, p, ratio, options.segments, options.reduction, group=options.group)
+    stages = dispatch.module(options.backend)
+    return stages.solve(pixels, p, ratio, options.segments, options.reduction, options.solver)
 
 
 NO_SECOND_DERIVATIVE = (
@@ -70,18 +79,12 @@ class FromLogits(torch.autograd.Function):
         options: Options,
     ) -> tuple[Tensor, ...]:
         stages = dispatch.module(options.backend)
-        pixels, pooling = stages.pool_logits(
-            logits,
-            target,
-            weight,
-            options.ignore_index,
-            options.label_smoothing,
-            p,
-            ratio,
-            options.segments,
-            options.reduction,
-            options.solver,
-        )
+        call = (logits, target, weight, options.ignore_index, options.label_smoothing)
+        if options.group is None:
+            pixels, pooling = stages.pool_logits(*call, p, ratio, options.segments, options.reduction, options.solver)
+        else:
+            pixels = stages.softmax_losses(*call, options.segments)
+            pooling = _solve(pixels, p, ratio, options)
         ctx.options = options
         ctx.save_for_backward(logits, weight, pooling.solution, pixels.losses, *pixels.saved)
         return _outputs(ctx, pixels, pooling)
@@ -106,9 +109,8 @@ class FromLosses(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, mask: Tensor | None, p: float | Tensor, ratio: float | Tensor, options: Options
     ) -> tuple[Tensor, ...]:
-        stages = dispatch.module(options.backend)
-        pixels = stages.marked_losses(values, mask, options.segments)
-        pooling = stages.solve(pixels, p, ratio, options.segments, options.reduction, options.solver)
+        pixels = dispatch.module(options.backend).marked_losses(values, mask, options.segments)
+        pooling = _solve(pixels, p, ratio, options)
         ctx.options, ctx.dtype = options, values.dtype
         # The values themselves are kept for the graph of a second derivative only; they are the caller's.
         ctx.save_for_backward(values, pooling.solution, pixels.losses)

@@ -70,9 +70,21 @@ def options(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if group is not None:
-        if scope == "image":
-            raise ValueError('group goes with scope="batch": with scope="image" no segment spans the ranks')
-        raise NotImplementedError("group: solving over the ranks of a process group is not built yet")
+        process_group(group, scope)
+
+
+def process_group(group: object, scope: str) -> None:
+    """A group to pool over, of which this process is a member."""
+    if scope == "image":
+        raise ValueError('group goes with scope="batch": with scope="image" no segment spans the ranks')
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("group needs torch.distributed: call torch.distributed.init_process_group() first")
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group is one that this rank is not a member of: call with the group of this rank")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
 
 
 def cross_entropy_options(weight: Tensor | None, ignore_index: int, label_smoothing: float) -> None:

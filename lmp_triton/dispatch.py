@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,9 @@ MAX_PIXELS = 2**31 - 2**16
 NOT_INTERPRETING = "the tensors are on the CPU and TRITON_INTERPRET=1 is not set"
 
 
-def choose(values: Tensor, backend: str = "auto", solver: str = "auto", segments: int | None = None) -> str:
+def choose(
+    values: Tensor, backend: str = "auto", solver: str = "auto", segments: int | None = None, group: Any = None
+) -> str:
     """The backend that will serve a call on `values`: "triton" or "eager".
 
     Args:
@@ -43,6 +46,7 @@ def choose(values: Tensor, backend: str = "auto", solver: str = "auto", segments
         backend: "auto" takes Triton on a CUDA GPU where it can serve, else eager, and eager under `torch.export`.
             `LMP_TRITON_BACKEND` replaces "auto"; a name in the call wins over it.
         solver: "auto", or one of the kernels' solvers, "select" and "sort".
+        group: the process group to pool over, or None. A rank may bring no pixel at all: that is "eager".
 
     Raises:
         ValueError: an unknown name, or the backend asked for can't serve the call; the message says why.
@@ -56,22 +60,27 @@ def choose(values: Tensor, backend: str = "auto", solver: str = "auto", segments
         if backend not in BACKENDS:
             raise ValueError(f"the environment variable {VARIABLE} must be one of {BACKENDS}, got {backend!r}")
     if backend == "triton":
-        reason = obstacle(values, segments)
+        reason = obstacle(values, segments, group)
         if reason:
             raise ValueError(f'backend="triton" cannot serve this call: {reason}')
     elif backend == "auto":
         # What is exported is to run where this package and Triton are not installed.
-        fit = values.device.type == "cuda" and not torch.compiler.is_exporting() and not obstacle(values, segments)
-        backend = "triton" if fit else "eager"
+        fit = values.device.type == "cuda" and not torch.compiler.is_exporting()
+        backend = "triton" if fit and not obstacle(values, segments, group) else "eager"
         # Nobody has run the kernels on AMD yet: there they are used when asked for by name.
         if torch.version.hip:
             backend = "eager"
     if backend == "eager" and solver != "auto":
         raise ValueError(f'solver={solver!r} chooses among kernels; the eager backend takes solver="auto" only')
+    if group is not None:
+        if solver != "auto":
+            raise ValueError(f'solver={solver!r} chooses among kernels; with a group it must be "auto"')
+        if not values.numel():
+            return "eager"  # there is nothing to launch a kernel on, but the other ranks wait in the collectives
     return backend
 
 
-def obstacle(values: Tensor, segments: int | None = None) -> str | None:
+def obstacle(values: Tensor, segments: int | None = None, group: Any = None) -> str | None:
     """Why the kernels can't take `values`, or None if they can."""
     if not has_triton():
         return "Triton is not installed (it exists for Linux only)"
@@ -89,6 +98,8 @@ def obstacle(values: Tensor, segments: int | None = None) -> str | None:
     length *= values.shape[0] if segments == 1 else 1
     if length > MAX_PIXELS:
         return f"it takes up to {MAX_PIXELS} losses a segment, not {length}"
+    if group is not None and torch.compiler.is_compiling():
+        return "with a group, compiled code takes the eager backend: the collectives lie between two kernels"
     # Dynamo can't trace into Triton's settings: in traced code the operators ask.
     if values.device.type == "cpu" and not torch.compiler.is_compiling() and not interpreting():
         return NOT_INTERPRETING

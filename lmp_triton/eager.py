@@ -6,9 +6,12 @@ with. Each function is one stage; `lmp_triton.autograd` strings them together, t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from . import distributed
 from .types import IGNORED, UNIFORM_PIVOT, PixelLosses, Pooling
 
 LOG2E = 1.4426950408889634
@@ -23,6 +26,9 @@ CHUNK_LOSSES = 1 << 16
 Q_CAP = {torch.float32: 2.0**40, torch.float64: 2.0**70}
 """Above it q changes nothing: two different losses differ by at least a rounding error, 2^-24 or 2^-53, and that to
 the power of the cap is 0. Capped, p = 1 (q = ∞) needs no case of its own: (ℓ/t)^q is 1 for ℓ = t and else 0."""
+
+PATTERNS = {torch.float32: (torch.int32, 31, 0x7F7FFFFF), torch.float64: (torch.int64, 63, 0x7FEFFFFFFFFFFFFF)}
+"""The integer type that a loss is read as, the bits that make up a number ≥ 0, and the pattern of the largest."""
 
 BUCKETS_LOG2 = 11
 """A round of the search looks at 2^11 thresholds: three rounds pin down all 31 bits of a float32, six a float64."""
@@ -125,7 +131,8 @@ def marked_losses(losses: Tensor, mask: Tensor | None, segments: int) -> PixelLo
     """A user's own losses (N, L) in the form the solver takes; mask (N, L): True where valid."""
     losses = losses.to(_real(losses))
     everywhere = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
-    return PixelLosses(_mark(losses, everywhere, everywhere))
+    # As rows they are viewed as segments: where() keeps the layout of a transposed view.
+    return PixelLosses(_mark(losses, everywhere, everywhere).contiguous())
 
 
 def _mark(losses: Tensor, good: Tensor, valid: Tensor) -> Tensor:
@@ -138,7 +145,13 @@ def _mark(losses: Tensor, good: Tensor, valid: Tensor) -> Tensor:
 
 
 def solve(
-    pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, segments: int, reduction: str, solver: str = "auto"
+    pixels: PixelLosses,
+    p: float | Tensor,
+    ratio: float | Tensor,
+    segments: int,
+    reduction: str,
+    solver: str = "auto",
+    group: Any = None,
 ) -> Pooling:
     """Find α* of each segment and with it the pooled loss (equations 9 and 10).
 
@@ -146,6 +159,9 @@ def solve(
     the largest number of the losses' type with f(pivot) ≥ 0. A number ≥ 0 and its bit pattern read as an integer are
     ordered alike, so the pivot is found bit group by bit group, from the top: a fixed number of rounds for every
     input. All sums are integers (fixed point): the order of the additions leaves no trace.
+
+    With a process group the sums are over all its ranks, in one collective before the rounds, one a round and one after
+    them; the solution is the same on every rank. Ranks without a pixel take part.
 
     solver is unused here: it chooses among kernels.
     """
@@ -156,13 +172,18 @@ def solve(
     )
     q = torch.where(p == torch.inf, 1.0, p / (p - 1)).clamp_max(Q_CAP[dtype])
     exponent = (1 / (p - 1)).clamp_max(Q_CAP[dtype])
-    valid = _count(losses != IGNORED)
+    length: int | Tensor = losses.shape[1]
+    valid, positive, poisoned = _count(losses != IGNORED), _count(losses > 0), losses.isnan().any(1)
+    if group is not None:
+        totals = torch.stack([valid, positive, poisoned.long(), torch.full_like(valid, losses.shape[1])])
+        valid, positive, poisoned, lengths = distributed.sum_of_integers(totals, group)
+        poisoned, length = poisoned > 0, lengths[0]
     n = valid.to(wide)
     m = torch.minimum(ratio * n, n).clamp_min(1.0)
     tau = torch.where(valid > 0, torch.exp2(-(n.log2() / q + m.log2() / p)), 0.0)
-    poisoned = losses.isnan().any(1) | ~((p >= 1) & (ratio > 0) & (ratio <= 1))
+    poisoned = poisoned | ~((p >= 1) & (ratio > 0) & (ratio <= 1))
 
-    pivot, above, power_sum = _search(losses, m, q)
+    pivot, above, power_sum = _search(losses, positive, _fixed_point(length, losses.device, wide), m, q, group)
     c = m - above
     log2_excess = torch.where(pivot > 0, (power_sum / c).clamp_min(1.0), 1.0).log2()
     alpha = pivot.to(wide) * torch.exp2(log2_excess / q)
@@ -171,9 +192,12 @@ def solve(
     uniform = (valid > 0) & ((m >= n) | (q == 1))
     pivot = torch.where(uniform, UNIFORM_PIVOT, pivot)
     drop = torch.where(uniform, 0.0, drop)
-    tied = torch.where((drop == 0) & (pivot > 0), _count(losses == pivot.unsqueeze(1)), 0)
-    saturated = torch.where(uniform, valid, above + tied)
+    tied = _count(losses == pivot.unsqueeze(1))
     heavy = torch.where(losses > pivot.unsqueeze(1), losses, 0.0).sum(1, dtype=wide)
+    if group is not None:
+        heavy, ties = distributed.sum_of_reals(torch.stack([heavy, tied.to(wide)]), group)
+        tied = ties.long()
+    saturated = torch.where(uniform, valid, above + torch.where((drop == 0) & (pivot > 0), tied, 0))
     loss = tau * (heavy + torch.where(uniform, 0.0, c * alpha))
     loss = torch.where(valid > 0, loss, 0.0)
 
@@ -188,7 +212,21 @@ def solve(
     return Pooling(loss, value, solution, torch.stack([valid, saturated]))
 
 
-def _search(losses: Tensor, m: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fixed_point(length: int | Tensor, device: torch.device, wide: torch.dtype) -> float | Tensor:
+    """A power of 2 to multiply numbers in [0, 1] by, such that the sum of `length` of them fits an int64."""
+    if isinstance(length, int):
+        if not torch.compiler.is_compiling():
+            return 2.0 ** (62 - length.bit_length())
+        # It may be a symbol, which its bit length would make a constant.
+        length = torch.full((), length, dtype=torch.int64, device=device)
+    # Shifts are exact everywhere, exp2 need not be.
+    bits = (length >= 1 << torch.arange(62, device=device)).sum()
+    return (1 << (62 - bits)).to(wide)
+
+
+def _search(
+    losses: Tensor, positive: Tensor, scale: float | Tensor, m: Tensor, q: Tensor, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """The pivot of each segment, |{ℓ > pivot}| and Σ_{ℓ ≤ pivot} (ℓ/pivot)^q.
 
     Each round lays K = 2^11 edges over the bracket, lo, lo + 2^shift, lo + 2·2^shift … in units of bit patterns,
@@ -197,27 +235,23 @@ def _search(losses: Tensor, m: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tenso
 
     Args:
         losses: (S, n).
+        positive: (S,), int64: |{ℓ > 0}|.
+        scale: of the fixed point that powers are added in.
         m: (S,), in the wide type.
         q: (), in the wide type, capped.
+        group: the process group to add over, or None. All but `losses` is the same on every rank.
 
     Returns:
         Tensors of shape (S,): the pivot in the type of the losses, the count, int64, and the sum in the wide type.
     """
-    integer, shift = (torch.int32, 31) if losses.dtype == torch.float32 else (torch.int64, 63)
-    largest = torch.tensor(torch.finfo(losses.dtype).max, dtype=losses.dtype).view(integer).item()
-    segments, n = losses.shape
+    integer, shift, largest = PATTERNS[losses.dtype]
+    segments = losses.shape[0]
     edge_count, wide, device = 1 << BUCKETS_LOG2, m.dtype, losses.device
     column = torch.arange(edge_count, dtype=integer, device=device)
-    # Fixed point: a power is at most 1, so this many fractional bits leave room for the sum of all of them.
-    scale: float | Tensor
-    if torch.compiler.is_compiling():  # n may be a symbol then, and its bit length would make it a constant
-        scale = (62 - torch.full((), n, dtype=wide, device=device).log2()).floor().exp2()
-    else:
-        scale = 2.0 ** (62 - n.bit_length())
     q_pixel = q.to(losses.dtype)
 
     lo = torch.zeros(segments, 1, dtype=integer, device=device)
-    above = _count(losses > 0).unsqueeze(1)
+    above = positive.unsqueeze(1)
     power_sum = torch.zeros_like(m).unsqueeze(1)
     x, row = losses, torch.arange(segments, device=device).unsqueeze(1)
     while shift > 0:
@@ -235,6 +269,8 @@ def _search(losses: Tensor, m: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tenso
             place = index.long().add_(r * (edge_count + 1)).flatten()
             sums[0].scatter_add_(0, place, torch.ones_like(place))
             sums[1].scatter_add_(0, place, power.flatten())
+        if group is not None:
+            sums = distributed.sum_of_integers(sums, group)
         counts, powers = sums.view(2, segments, edge_count + 1)[:, :, 1:-1].unbind()
 
         edges = (lo + (column << shift)).clamp_max(largest).view(losses.dtype)

@@ -1,8 +1,13 @@
 """One machine, two ways: with a GPU the kernels run on it, without one in Triton's interpreter on the CPU."""
 
 import os
+import sys
+from pathlib import Path
 
 import torch
+
+# `python -m pytest` puts the checkout first, where the folder kernels/ hides the package of that name from PyPI.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parents[1].resolve()]
 
 CUDA = torch.cuda.is_available()
 if not CUDA:

@@ -32,7 +32,7 @@ LOGITS, TARGET = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long)
         ({"solver": "select", "backend": "eager"}, ValueError, "chooses among kernels"),
         ({"solver": "sort", "backend": "eager"}, ValueError, "chooses among kernels"),
         ({"group": object()}, ValueError, 'goes with scope="batch"'),
-        ({"group": object(), "scope": "batch"}, NotImplementedError, "group"),
+        ({"group": object(), "scope": "batch"}, RuntimeError, r"call torch.distributed.init_process_group\(\) first"),
         ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int, got float"),
         ({"label_smoothing": 1.1}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.1"),
         ({"weight": torch.tensor([1.0, -2.0, 1.0])}, ValueError, "weight must not be negative, got -2.0 for class 1"),
