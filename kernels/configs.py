@@ -55,7 +55,7 @@ class ClassRows(NamedTuple):
     block: int
     """Pixels a tile up to there; above, elements / chunk, a chunk being what a warp loads at once."""
     elements: int
-    """Logits a tile."""
+    """Logits a tile: with twice as many a thread, some compilers spill (Triton 3.6 on sm_80, 3.9 on sm_100)."""
     wide_elements: int
     """The same, where a thread loads 16 bytes at once."""
     warps: int
@@ -109,7 +109,7 @@ AMPERE = Table(
         PixelVectors(up_to=32, chunk=32, block=512, warps=4, programs=8),
         PixelVectors(up_to=MAX_CLASSES, chunk=10, block=512, warps=4, programs=8),
     ),
-    rows=ClassRows(above=32, block=128, elements=2048, wide_elements=4096, warps=4, programs=8),
+    rows=ClassRows(above=32, block=128, elements=1024, wide_elements=4096, warps=4, programs=8),
     stream=StreamConfig(block=1024, warps=4, programs=8),
     select=SelectConfig(
         block=1024, warps=16, programs=4, capacity=8192, solve_block=1024, passes=(1 << 13, 1 << 19, 1 << 25)
@@ -117,10 +117,8 @@ AMPERE = Table(
     forward_solve_block=128,
     sort=SortConfig(run=2048, lanes=128, warps=8, up_to=2048),
 )
-# Above 24 classes, 4 pixels a thread would need more than 255 registers there: 2 then. Rows of classes that are not
-# divisible by 8 spill a few registers with 16 logits a thread (Triton 3.9): 8 then.
+# Above 24 classes, 4 pixels a thread would need more than 255 registers there: 2 then.
 BLACKWELL = AMPERE._replace(
-    rows=AMPERE.rows._replace(elements=1024),
     pixels=(
         PixelVectors(up_to=24, chunk=24, block=512, warps=4, programs=8),
         PixelVectors(up_to=32, chunk=32, block=256, warps=4, programs=8),

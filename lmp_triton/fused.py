@@ -229,12 +229,7 @@ def logits_gradient(
     label_smoothing: float,
 ) -> Tensor:
     """See `eager.logits_gradient`; logits (N, C, *spatial)."""
-    grad = torch.empty_like(logits)
-    rows = cross_entropy.classes_adjacent(logits)
-    if (rows and not cross_entropy.classes_adjacent(grad)) or len(layout_of(logits, grad).sizes) > LEVELS:
-        # Expanded logits, say.
-        images, classes, *spatial = logits.shape
-        grad = torch.empty(images, *spatial, classes, dtype=logits.dtype, device=logits.device).movedim(-1, 1)
+    grad = gradient_buffer(logits)
     labels, *rest = pixels.saved
     gradient.logits_gradient(
         logits,
@@ -248,4 +243,15 @@ def logits_gradient(
         grad,
         configs.table(logits.device),
     )
+    return grad
+
+
+def gradient_buffer(logits: Tensor) -> Tensor:
+    """Of the layout of the logits, where that is dense. Also what `lmp_triton.operators` tells a compiler."""
+    grad = torch.empty_like(logits)
+    rows = cross_entropy.classes_adjacent(logits)
+    if (rows and not cross_entropy.classes_adjacent(grad)) or len(layout_of(logits, grad).sizes) > LEVELS:
+        # Expanded logits, say.
+        images, classes, *spatial = logits.shape
+        grad = torch.empty(images, *spatial, classes, dtype=logits.dtype, device=logits.device).movedim(-1, 1)
     return grad

@@ -213,7 +213,7 @@ def _(
     weight: Tensor | None,
     label_smoothing: float,
 ) -> Tensor:
-    return torch.empty_like(logits)
+    return _stages().gradient_buffer(logits)
 
 
 @_pool_losses.register_fake

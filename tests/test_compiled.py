@@ -25,9 +25,9 @@ def report(*arguments):
     return pandas.read_csv(io.StringIO(result.stdout))
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=[pytest.param(a, marks=pytest.mark.xdist_group(a)) for a in ARCHITECTURES])
 def table(request):
-    """The static report of one architecture."""
+    """The static report of one architecture; its tests share a worker, and so the report."""
     pytest.importorskip("triton")
     found = report("--architecture", request.param).set_index("kernel")
     assert len(found) > 60
