@@ -157,8 +157,13 @@ def naming(what):
         raise
 
 
-def check(results, expected, dtype=torch.float32):
-    """The results of the ranks against those of one process on the concatenated batch."""
+def check(results, expected, p=1.3):
+    """The results of the ranks, the same bits, against those of one process on the concatenated batch.
+
+    That may have used another solver. For p near 1 the weights of two that are right differ by up to q·2^-22·τ (the
+    numerical contract), and a loss at α* may be saturated for one of them.
+    """
+    slack = p / (p - 1) * 2**-22 if 1 < p < 1.05 else 0.0
     for field in ("loss", *lmp_triton.PoolingStats._fields):
         for other in results[1:]:
             assert torch.equal(other[field].nan_to_num(-7), results[0][field].nan_to_num(-7)), field
@@ -168,15 +173,15 @@ def check(results, expected, dtype=torch.float32):
     }
     sound = ~expected["alpha"].isnan()
     assert torch.equal(got["valid"], expected["valid"])
-    assert torch.equal(got["saturated"][sound], expected["saturated"][sound])
+    assert ((got["saturated"] - expected["saturated"])[sound].abs() <= bool(slack)).all()
     eps = torch.finfo(expected["alpha"].dtype).eps
     for field in ("alpha", "tau"):
         torch.testing.assert_close(got[field], expected[field], rtol=2 * eps, atol=0, equal_nan=True)
     for field in ("loss", "total_weight"):
-        torch.testing.assert_close(got[field], expected[field], rtol=8 * eps, atol=0, equal_nan=True)
+        torch.testing.assert_close(got[field], expected[field], rtol=8 * eps + slack, atol=0, equal_nan=True)
     tau = expected["tau"].nan_to_num(1.0).max().item()
     for field in ("weights", "loss_grad", "grad"):
-        tolerance = 64 * torch.finfo(got[field].dtype).eps
+        tolerance = 64 * torch.finfo(got[field].dtype).eps + slack
         torch.testing.assert_close(got[field], expected[field], rtol=tolerance, atol=tolerance * tau, equal_nan=True)
 
 
@@ -192,7 +197,7 @@ def test_as_one_process(tmp_path, world):
         expected = solve(logits, target, options, backend)
         results = [r[name, backend] for r in ranks]
         with naming(f"{name}, {backend}"):
-            check(results, expected)
+            check(results, expected, float(options.get("p", 1.3)))
             if name == "no valid pixel":
                 assert not expected["loss"].any() and not expected["grad"].any()
             elif name == "a NaN":
@@ -286,7 +291,7 @@ def test_group_of_one(rng, group, backend, dtype):
     logits, target = labelled((3, 8, 9), 5, dtype)
     expected = solve(logits, target, {}, backend)
     got = solve(logits, target, {}, backend, group)
-    check([got], expected, dtype)
+    check([got], expected)
     if backend == "eager":
         for field in FIELDS:
             assert torch.equal(got[field], expected[field]), field
