@@ -88,7 +88,7 @@ def test_rows_of_classes(table):
     assert table.loc["softmax_losses bf16 C=19 channels_last", "load 16"] == 19 + 1
     assert table.loc["softmax_losses bf16 C=1000 channels_last", "load 128"] >= 2
     assert table.loc["logits_gradient bf16 C=1000 channels_last", "store 128"] >= 2
-    assert table.loc["softmax_losses bf16 C=150 channels_last", "load 32"] >= 8
+    assert table.loc["softmax_losses bf16 C=150 channels_last", "load 32"] >= 4  # 300 bytes a row
 
 
 BUDGET = {
@@ -100,8 +100,8 @@ BUDGET = {
     "softmax_losses bf16 C=19 channels_last": 560,  # (444)
     "logits_gradient bf16 C=19 channels_last": 1300,  # (981)
     "select, first pass": 900,  # (708)
-    "sort one run": 800,  # (629): what perf/NOTES.md weighs the two solvers by
-    "sort runs": 1150,  # (935)
+    "sort one run": 900,  # (629; 772 on sm_120): what perf/NOTES.md weighs the two solvers by
+    "sort runs": 1300,  # (935; 1182 on sm_120)
 }
 
 
