@@ -21,6 +21,10 @@ from lmp_triton import dispatch, reference  # noqa: E402
 torch.backends.cudnn.allow_tf32 = False  # what goes into the loss is compared in float32
 torch.set_num_threads(1)  # the shapes are small, and pytest-xdist uses the cores
 
+# Dynamo takes down PyTorch's functions when it first runs: before `poisoned_allocations` replaces some of them.
+torch.compile(torch.neg, backend="eager")(torch.ones(1))
+torch._dynamo.reset()
+
 
 if not CUDA and dispatch.has_triton():
     import interpreter
