@@ -32,7 +32,7 @@ AMD_WIDTHS = {
     "dwordx4": 128,
 }
 MEMORY = re.compile(r"\b(?:st|red|atom)\.")
-RELEASE = re.compile(r"\batom\S*\.(?:release|acq_rel)\b")
+RELEASE = re.compile(r"\b(?:atom|red)\S*\.(?:release|acq_rel)\b")
 
 
 @dataclass(frozen=True)
