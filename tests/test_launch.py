@@ -138,3 +138,28 @@ def test_no_new_kernel_for_a_new_value_on_a_gpu(rng, device):
     ):
         run(*arguments)
     assert len(launch._compiled) == before
+
+
+@pytest.mark.skipif(CUDA, reason="looks into the interpreter")
+def test_a_wait_is_for_the_phase_before_it(rng, monkeypatch, device):
+    """A program alone waits for nobody, and a wait for too little goes unnoticed: the flag must be at its value."""
+    from lmp_triton.kernels import forward, select
+    from triton import language as tl
+
+    seen = []
+
+    def checked(flag, value):
+        seen.append((int(tl.atomic_add(flag, 0, sem="acquire").handle.data.item()), int(value)))
+
+    monkeypatch.setattr(forward, "wait_for", checked)
+    monkeypatch.setattr(select, "wait_for", checked)
+    configure(monkeypatch, select={"block": 512, "capacity": 4, "solve_block": 128, "passes": (10, 200)})
+    logits, target = labelled((1, 30, 40), 5, device=device)
+    waits = {}
+    for cooperative in ("solve", "forward"):
+        monkeypatch.setenv(dispatch.COOPERATIVE_VARIABLE, cooperative)
+        seen.clear()
+        lmp_triton.loss_max_pooling(logits, target, ignore_index=255, backend="triton", solver="select")
+        waits[cooperative] = list(seen)
+    assert all(flag == value for rows in waits.values() for flag, value in rows), waits
+    assert waits["solve"][0] == (1, 1) and waits["forward"][:2] == [(1, 1), (2, 2)]
