@@ -9,14 +9,14 @@ import torch
 # `python -m pytest` puts the checkout first, where the folder kernels/ hides the package of that name from PyPI.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parents[1].resolve()]
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
+if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from support import CUDA, SOLVERS, configure  # noqa: E402
 
-from lmp_triton import dispatch, reference  # noqa: E402
+from lmp_triton import dispatch  # noqa: E402
 
 torch.backends.cudnn.allow_tf32 = False  # what goes into the loss is compared in float32
 torch.set_num_threads(1)  # the shapes are small, and pytest-xdist uses the cores
@@ -44,17 +44,6 @@ def backend(request):
     return request.param
 
 
-SOLVERS = {
-    "eager": {},
-    "select": {},
-    "select, narrowed": {"select": {"block": 256, "capacity": 16, "passes": (10, 200)}},
-    "select, cooperative": {"select": {"block": 256, "capacity": 16, "passes": (10, 200)}},
-    "sort": {"sort": {"run": 1024, "lanes": 16}},
-    "sort, runs": {"sort": {"run": 128, "lanes": 4}},
-}
-"""Every way to a solution, with block sizes that send some hundred losses through all of it."""
-
-
 @pytest.fixture(params=SOLVERS)
 def solver(request, monkeypatch):
     """Options of a call that takes this way."""
@@ -67,25 +56,19 @@ def solver(request, monkeypatch):
     return {"backend": "triton", "solver": request.param.split(",")[0]}
 
 
-def configure(monkeypatch, **changes):
-    """Other entries in the table of configurations: configure(monkeypatch, select={"block": 256})."""
-    from lmp_triton.kernels import configs
-
-    table = configs.table_for(0)
-    for name, change in changes.items():
-        entry = getattr(table, name)
-        table = table._replace(**{name: entry._replace(**change) if isinstance(change, dict) else change})
-    monkeypatch.setattr(configs, "table", lambda device: table)
-
-
 @pytest.fixture
 def device():
     return torch.device("cuda" if CUDA else "cpu")
 
 
 @pytest.fixture(autouse=True)
-def poisoned_allocations(monkeypatch):
-    """Fresh memory holds NaN, or 0x7F bytes: what a kernel forgets to write shows."""
+def poisoned_allocations(request, monkeypatch):
+    """Fresh memory holds NaN, or 0x7F bytes: what a kernel forgets to write shows.
+
+    Not in tests marked "traced": a tracer can't take the replaced functions, or would remember them for later tests.
+    """
+    if request.node.get_closest_marker("traced"):
+        return
 
     def poison(tensor):
         if tensor.device.type == "meta" or torch.compiler.is_compiling():
@@ -105,18 +88,3 @@ def rng():
     print(f"seed {seed}")
     torch.manual_seed(seed)
     return np.random.default_rng(seed)
-
-
-def oracle(losses, p, ratio):
-    """The float64 solution for a vector of float32 losses."""
-    ell = losses.detach().double().cpu().numpy()
-    return reference.solve(ell, reference.support(ell.size, ratio), p)
-
-
-def labelled(shape, classes, dtype=torch.float32, device="cpu", ignored=0.1, ignore_index=255, scale=1.0):
-    """Random logits (N, C, *spatial) and target (N, *spatial), some of it ignored."""
-    n, *spatial = shape
-    logits = (scale * torch.randn(n, classes, *spatial)).to(dtype).to(device)
-    target = torch.randint(classes, (n, *spatial))
-    target[torch.rand(target.shape) < ignored] = ignore_index
-    return logits, target.to(device)

@@ -13,12 +13,7 @@ import torch.nn.functional as F
 
 import lmp_triton
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations():
-    """Some of these start Dynamo, which would remember the replaced torch.empty of conftest.py for good."""
+pytestmark = [pytest.mark.slow, pytest.mark.traced]
 
 
 def falls(history, to):

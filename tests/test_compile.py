@@ -5,18 +5,14 @@ The eager backend is traced, which takes Dynamo seconds: those tests are slow. T
 
 import pytest
 import torch
-from conftest import CUDA, labelled
+from support import CUDA, labelled
 
 import lmp_triton
 from lmp_triton import dispatch
 
+pytestmark = pytest.mark.traced
 BACKENDS = ["triton", pytest.param("eager", marks=pytest.mark.slow)]
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations():
-    """Dynamo can't trace the replaced torch.empty of conftest.py."""
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ Everything else is compared with the float64 eager path on the same logits.
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import labelled
+from support import labelled
 
 import lmp_triton
 

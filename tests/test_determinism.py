@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import CUDA, configure, labelled
+from support import CUDA, configure, labelled
 
 import lmp_triton
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import labelled
+from support import labelled
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lmp_triton

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CUDA, labelled, oracle
+from support import CUDA, labelled, oracle
 
 import lmp_triton
 from lmp_triton import dispatch

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import labelled
+from support import labelled
 from torch.autograd import gradcheck
 
 import lmp_triton

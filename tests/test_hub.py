@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import labelled
+from support import labelled
 from torch import nn
 
 import lmp_triton

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import CUDA, labelled
+from support import CUDA, labelled
 
 import lmp_triton
 from lmp_triton import checks, dispatch

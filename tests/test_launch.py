@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CUDA, configure, labelled
+from support import CUDA, configure, labelled
 
 import lmp_triton
 from lmp_triton import dispatch

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CUDA, labelled
+from support import CUDA, labelled
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lmp_triton

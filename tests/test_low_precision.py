@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CUDA, labelled
+from support import CUDA, labelled
 
 import lmp_triton
 

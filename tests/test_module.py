@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import CUDA, labelled
+from support import CUDA, labelled
 
 import lmp_triton
 from lmp_triton import LossMaxPooling

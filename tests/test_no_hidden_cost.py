@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CUDA, labelled
+from support import CUDA, labelled
 
 import lmp_triton
 from lmp_triton import dispatch

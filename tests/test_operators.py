@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import labelled
+from support import labelled
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,14 +14,12 @@ import lmp_triton
 from lmp_triton import dispatch, operators
 from lmp_triton.autograd import FromLogits, FromLosses, Options
 
-pytestmark = pytest.mark.skipif(not dispatch.has_triton(), reason="Triton is not installed on this platform")
+pytestmark = [
+    pytest.mark.traced,
+    pytest.mark.skipif(not dispatch.has_triton(), reason="Triton is not installed on this platform"),
+]
 
 OPERATORS = torch.ops.lmp_triton
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations():
-    """A tracer can't take the replaced torch.empty of conftest.py."""
 
 
 def inputs(device, classes=5, dtype=torch.float32, weighted=False, channels_last=False, shape=(2, 4, 5)):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import labelled, oracle
+from support import labelled, oracle
 
 import lmp_triton
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CUDA
+from support import CUDA
 
 pandas = pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
@@ -120,11 +120,8 @@ def test_gpu_session_without_a_gpu(tmp_path):
 
 
 def test_a_stage_that_hangs_is_killed(tmp_path):
-    sys.path.insert(0, str(PERF))
-    try:
-        import gpu_session
-    finally:
-        sys.path.remove(str(PERF))
+    from lmp_triton.perf import gpu_session
+
     stage = gpu_session.Stage("hang", [sys.executable, "-c", "import time; print('on'); time.sleep(60)"], 1)
     assert gpu_session.run_stage(stage, tmp_path / "log", 2.0, tmp_path).startswith("KILLED after")
     assert "on" in (tmp_path / "log").read_text()

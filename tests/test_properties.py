@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import oracle
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from support import oracle
 
 import lmp_triton
 from lmp_triton import reference

@@ -4,15 +4,12 @@ import math
 
 import pytest
 import torch
-from conftest import CUDA, labelled
+from support import CUDA, labelled
 
 import lmp_triton
 from lmp_triton import LossMaxPooling, RatioSchedule, anneal
 
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations():
-    """Dynamo can't trace the replaced torch.empty of conftest.py."""
+pytestmark = pytest.mark.traced
 
 
 def test_anneal():

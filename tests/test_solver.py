@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CUDA, configure, oracle
+from support import CUDA, configure, oracle
 
 import lmp_triton
 

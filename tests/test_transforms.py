@@ -5,11 +5,12 @@ PyTorch would answer with an error from its depths, a silent loop or a silent ze
 
 import pytest
 import torch
-from conftest import labelled
+from support import labelled
 from torch.autograd import forward_ad
 
 import lmp_triton
 
+pytestmark = pytest.mark.traced
 TRANSFORMS = {
     "vmap": lambda f, x: torch.func.vmap(f)(x.unsqueeze(0)),
     "grad": lambda f, x: torch.func.grad(f)(x),
@@ -21,11 +22,6 @@ TRANSFORMS = {
     "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(x.unsqueeze(0)),
     "linearize": lambda f, x: torch.func.linearize(f, x),
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations():
-    """A tracer can't take the replaced torch.empty of conftest.py."""
 
 
 @pytest.fixture(params=["loss_max_pooling", "pool_losses", "optimal_weights"])

@@ -1,0 +1,43 @@
+"""What several tests share: the machine they run on, inputs, the oracle, every way to a solution."""
+
+import torch
+
+from lmp_triton import reference
+
+CUDA = torch.cuda.is_available()
+
+SOLVERS = {
+    "eager": {},
+    "select": {},
+    "select, narrowed": {"select": {"block": 256, "capacity": 16, "passes": (10, 200)}},
+    "select, cooperative": {"select": {"block": 256, "capacity": 16, "passes": (10, 200)}},
+    "sort": {"sort": {"run": 1024, "lanes": 16}},
+    "sort, runs": {"sort": {"run": 128, "lanes": 4}},
+}
+"""Every way to a solution, with block sizes that send some hundred losses through all of it."""
+
+
+def configure(monkeypatch, **changes):
+    """Other entries in the table of configurations: configure(monkeypatch, select={"block": 256})."""
+    from lmp_triton.kernels import configs
+
+    table = configs.table_for(0)
+    for name, change in changes.items():
+        entry = getattr(table, name)
+        table = table._replace(**{name: entry._replace(**change) if isinstance(change, dict) else change})
+    monkeypatch.setattr(configs, "table", lambda device: table)
+
+
+def oracle(losses, p, ratio):
+    """The float64 solution for a vector of float32 losses."""
+    ell = losses.detach().double().cpu().numpy()
+    return reference.solve(ell, reference.support(ell.size, ratio), p)
+
+
+def labelled(shape, classes, dtype=torch.float32, device="cpu", ignored=0.1, ignore_index=255, scale=1.0):
+    """Random logits (N, C, *spatial) and target (N, *spatial), some of it ignored."""
+    n, *spatial = shape
+    logits = (scale * torch.randn(n, classes, *spatial)).to(dtype).to(device)
+    target = torch.randint(classes, (n, *spatial))
+    target[torch.rand(target.shape) < ignored] = ignore_index
+    return logits, target.to(device)
