@@ -1,19 +1,17 @@
-"""What one call launches, compiles and costs the host, on a GPU that is not there (`standin`).
+"""What one call launches and compiles, on a GPU that is not there (`standin`).
 
-    python perf/launches.py [--json] [--capability 90] [--repeats 300]
+    python perf/launches.py [--json] [--capability 90]
 
 launches    of every pipeline, memsets included, and which of them are cooperative; what happens where those don't fit
 compiled    kernels compiled anew while p, ratio, ignore_index and sizes change: none
-host        µs a call up to the driver's launch function, which is not called here: add 2 to 3 µs a launch (design.md)
+
+What the host pays up to the driver: `lmp-triton bench run --set host`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from lmp_triton.perf.providers import asking
@@ -98,42 +96,14 @@ def recompilations(gpu: StandIn) -> int:
     return counts[-1] - counts[0]
 
 
-def host_times(repeats: int) -> list[dict[str, object]]:
-    """Medians of µs, this project and F.cross_entropy on a few pixels, whose kernels the CPU runs in no time."""
-
-    def median(run: Callable[[], object]) -> float:
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return round(1e6 * statistics.median(times), 1)
-
-    logits, target = inputs((2, 19, 550, 550))
-    small, label = torch.randn(1, 2, 4, requires_grad=True), torch.zeros(1, 4, dtype=torch.long)
-    rows: list[dict[str, object]] = []
-    for name in dispatch.COOPERATIVE:
-        with asking(name):
-            torch.autograd.grad(call(logits, target), logits)  # compiles
-            forward = median(lambda: call(logits, target))
-            both = median(lambda: torch.autograd.grad(call(logits, target), logits))
-        rows.append({"": f"lmp_triton, cooperative: {name or 'none'}", "forward": forward, "forward+backward": both})
-    peer = torch.nn.functional.cross_entropy
-    both = median(lambda: torch.autograd.grad(peer(small, label), small))
-    rows.append({"": "F.cross_entropy", "forward": median(lambda: peer(small, label)), "forward+backward": both})
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--capability", type=int, default=90)
-    parser.add_argument("--repeats", type=int, default=300)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with StandIn(options.capability) as gpu:
         found: dict[str, object] = {"launches": launches(gpu), "compiled": recompilations(gpu)}
-        found["host"] = host_times(options.repeats)
     with StandIn(options.capability, refuse=True) as gpu:
         found["refused"] = launches(gpu)
     with StandIn(options.capability, multiprocessors=4) as gpu:
@@ -145,7 +115,7 @@ def main() -> None:
 
     pd.set_option("display.width", 250, "display.max_colwidth", 80)
     print(f"kernels compiled anew for new values and sizes: {found['compiled']}")
-    for title in ("launches", "refused", "no room", "host"):
+    for title in ("launches", "refused", "no room"):
         print(f"\n{title}")
         print(pd.DataFrame(found[title]).to_string(index=False))
 

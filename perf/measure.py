@@ -1,12 +1,14 @@
-"""How it is timed: three clocks, rotated inputs, a cold cache; correctness before and after."""
+"""How it is timed: three clocks, sides that take turns, rotated inputs, a cold cache, a busy machine."""
 
 from __future__ import annotations
 
 import contextlib
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,12 +38,12 @@ def series(milliseconds: list[float]) -> Series:
     return Series(statistics.median(milliseconds), fifths[0], fifths[3], len(milliseconds))
 
 
-def one_pass(loss: Loss, backward: bool) -> Callable[[Tensor, Tensor], None]:
+def one_pass(loss: Loss, backward: bool) -> Callable[..., None]:
     """Forward, or forward and backward into a fresh gradient."""
 
-    def run(logits: Tensor, target: Tensor) -> None:
-        logits.grad = None
-        value = loss(logits, target)
+    def run(values: Tensor, target: Tensor | None) -> None:
+        values.grad = None
+        value = loss(values, target)
         if backward:
             value.backward()
 
@@ -54,24 +56,21 @@ def repeats(once: float) -> int:
 
 
 def clock(
-    run: Callable[[Tensor, Tensor], None], inputs: list[tuple[Tensor, Tensor]], device: torch.device
-) -> dict[str, Series]:
-    """Time `run` over the inputs in turn.
+    runs: Mapping[str, Callable[..., None]], inputs: list[tuple[Any, ...]], device: torch.device
+) -> dict[str, dict[str, Series]]:
+    """Time each of `runs` over the inputs; they take turns, so that what else the machine does hits all alike.
 
     Returns:
-        "end to end": from the call until the device is done; "host": until the call returns; on a GPU also "kernel":
-        GPU time between two events around the call, queued behind the flush, so that the host is ahead.
+        Of each, "end to end": from the call until the device is done; on a GPU also "host": until the call returns,
+        and "kernel": GPU time between two events around the call, queued behind the flush, so that the host is ahead.
     """
     cuda = device.type == "cuda"
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if cuda else None
 
-    def settle() -> None:
+    def timed(run: Callable[..., None], i: int) -> tuple[float, float]:
         if flush is not None:
             flush.zero_()
             torch.cuda.synchronize()
-
-    def timed(i: int) -> tuple[float, float]:
-        settle()
         start = time.perf_counter()
         run(*inputs[i % len(inputs)])
         issued = time.perf_counter()
@@ -80,29 +79,49 @@ def clock(
         return 1e3 * (issued - start), 1e3 * (time.perf_counter() - start)
 
     for i in range(2):
-        timed(i)
-    count = repeats(timed(0)[1] / 1e3)
-    pairs = [timed(i) for i in range(count)]
-    found = {"end to end": series([end for _, end in pairs])}
+        for run in runs.values():
+            timed(run, i)
+    count = repeats(sum(timed(run, 0)[1] for run in runs.values()) / len(runs) / 1e3)
+    pairs = [{name: timed(run, i) for name, run in runs.items()} for i in range(count)]
+    found = {name: {"end to end": series([pair[name][1] for pair in pairs])} for name in runs}
     if flush is None:
         return found
-    found["host"] = series([host for host, _ in pairs])
-    events = []
-    for i in range(count):
-        flush.zero_()
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # The host needs about 0.1 ms a call and the flush about as long: two keep the queue filled.
-        flush.zero_()
-        before.record()
-        run(*inputs[i % len(inputs)])
-        after.record()
-        events.append((before, after))
-    torch.cuda.synchronize()
-    found["kernel"] = series([before.elapsed_time(after) for before, after in events])
+    for name, run in runs.items():
+        found[name]["host"] = series([pair[name][0] for pair in pairs])
+        events = []
+        for i in range(count):
+            flush.zero_()
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # The host needs about 0.1 ms a call and the flush about as long: two keep the queue filled.
+            flush.zero_()
+            before.record()
+            run(*inputs[i % len(inputs)])
+            after.record()
+            events.append((before, after))
+        torch.cuda.synchronize()
+        found[name]["kernel"] = series([before.elapsed_time(after) for before, after in events])
     return found
 
 
-def graph(run: Callable[[Tensor, Tensor], None], inputs: tuple[Tensor, Tensor]) -> Series:
+SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    for _ in range(100_000): pass"
+
+
+@contextlib.contextmanager
+def spinning(processes: int) -> Iterator[None]:
+    """So many processes that do nothing but spin; they end with the context, or with this process if it is killed."""
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(processes):
+            started.append(subprocess.Popen([sys.executable, "-S", "-c", SPIN]))
+        time.sleep(0.5 if processes else 0)  # they are under way
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def graph(run: Callable[..., None], inputs: tuple[Any, ...]) -> Series:
     """GPU time of one replay of `run` captured in a CUDA graph; the cache is flushed before each."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -126,7 +145,7 @@ def graph(run: Callable[[Tensor, Tensor], None], inputs: tuple[Tensor, Tensor]) 
     return series(times)
 
 
-def device_times(run: Callable[[Tensor, Tensor], None], inputs: tuple[Tensor, Tensor]) -> list[tuple[str, float]]:
+def device_times(run: Callable[..., None], inputs: tuple[Any, ...]) -> list[tuple[str, float]]:
     """Name and microseconds of every kernel, memset and copy of one run on the GPU, in order."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -137,7 +156,7 @@ def device_times(run: Callable[[Tensor, Tensor], None], inputs: tuple[Tensor, Te
     return [(e.name, e.time_range.elapsed_us()) for e in sorted(events, key=lambda e: e.time_range.start)]
 
 
-def peak_bytes(run: Callable[[Tensor, Tensor], None], inputs: tuple[Tensor, Tensor]) -> int:
+def peak_bytes(run: Callable[..., None], inputs: tuple[Any, ...]) -> int:
     """Most memory in use during one run, above what was in use before."""
     inputs[0].grad = None
     torch.cuda.synchronize()
@@ -165,7 +184,7 @@ def bandwidth(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def freed(device: torch.device):  # type: ignore[no-untyped-def]
+def freed(device: torch.device) -> Iterator[None]:
     """What was allocated inside goes back to the device."""
     try:
         yield

@@ -12,19 +12,20 @@ import importlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import lmp_triton
-from lmp_triton import dispatch
+from lmp_triton import dispatch, reference
 
-from .workloads import Workload
+from .workloads import Losses, Workload
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-P, RATIO = 1.3, 0.25
+Loss = Callable[..., Tensor]
+"""Of what the workload makes: logits and target, or losses and no mask."""
 
 
 class Unavailable(Exception):
@@ -34,7 +35,8 @@ class Unavailable(Exception):
 class Provider(NamedTuple):
     """A way to a loss."""
 
-    make: Callable[[Workload], Loss]
+    make: Callable[[Any], Loss]
+    """Of a `Workload` or `Losses`."""
     pooled: bool = False
     """Computes the max-pooled loss: value and gradient are compared with the oracle."""
 
@@ -50,14 +52,19 @@ def asking(cooperative: str) -> Iterator[None]:
         os.environ[dispatch.COOPERATIVE_VARIABLE] = before
 
 
-def ours(backend: str, solver: str = "auto", cooperative: str = "") -> Callable[[Workload], Loss]:
-    """This project: one backend, solver and way to launch."""
+def ours(
+    backend: str, solver: str = "auto", cooperative: str = "", standing_in: bool = False
+) -> Callable[[Workload | Losses], Loss]:
+    """This project: one backend, solver and way to launch; standing_in: on a GPU that is not there."""
 
-    def make(workload: Workload) -> Loss:
-        if backend == "triton" and not torch.cuda.is_available():
+    def make(workload: Workload | Losses) -> Loss:
+        if backend == "triton" and not (torch.cuda.is_available() or standing_in):
             raise Unavailable("the kernels need a GPU")
-        options = {"p": P, "ratio": RATIO, "scope": workload.scope, "backend": backend, "solver": solver}
-        loss = functools.partial(lmp_triton.loss_max_pooling, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"p": workload.p, "ratio": workload.ratio, "backend": backend, "solver": solver}
+        if isinstance(workload, Losses):
+            loss: Loss = functools.partial(lmp_triton.pool_losses, **options)
+        else:
+            loss = functools.partial(lmp_triton.loss_max_pooling, scope=workload.scope, **options)
         if not cooperative:
             return loss
 
@@ -70,7 +77,7 @@ def ours(backend: str, solver: str = "auto", cooperative: str = "") -> Callable[
     return make
 
 
-def compiled(make: Callable[[Workload], Loss]) -> Callable[[Workload], Loss]:
+def compiled(make: Callable[[Any], Loss]) -> Callable[[Any], Loss]:
     """The same under torch.compile."""
     return lambda workload: torch.compile(make(workload), fullgraph=True, dynamic=False)
 
@@ -80,29 +87,82 @@ def cross_entropy(workload: Workload) -> Loss:
     return F.cross_entropy
 
 
-def by_sorting(workload: Workload) -> Loss:
-    """The same loss in eager PyTorch, all losses sorted, prefix sums in float64: as it is usually written."""
+def sorted_pooling(losses: Tensor, valid: Tensor | None, p: float, ratio: float) -> Tensor:
+    """Algorithm 1 in eager PyTorch as it is usually written: all losses sorted, prefix sums of powers.
 
-    def loss(logits: Tensor, target: Tensor) -> Tensor:
-        valid = target != -100
-        losses = F.cross_entropy(logits.float(), target, reduction="none")
-        if workload.scope == "batch":
-            losses, valid = losses.view(1, -1), valid.view(1, -1)
-        losses, valid = losses.flatten(1), valid.flatten(1)
-        with torch.no_grad():
-            q, total = P / (P - 1), losses.shape[1]
-            n = valid.sum(1, keepdim=True).double()
-            m = (RATIO * n).clamp_min(1)
-            ascending = torch.where(valid, losses, 0.0).double().sort(1).values
+    Args:
+        losses: (segments, n). valid: the same shape, bool, or None: all.
+
+    Returns:
+        The mean over the segments. float64 inside, or the powers underflow.
+    """
+    with torch.no_grad():
+        total = losses.shape[1]
+        n = (losses.new_full((len(losses), 1), total) if valid is None else valid.sum(1, keepdim=True)).double()
+        m = (ratio * n).clamp_min(1)
+        counted = losses if valid is None else torch.where(valid, losses, 0.0)
+        ascending = counted.double().sort(1).values
+        if p == 1:
+            k = m.ceil().long()
+            alpha = ascending.gather(1, total - k)
+            ties = (counted == alpha).sum(1, keepdim=True)
+            share = (m - (counted > alpha).sum(1, keepdim=True)) / ties
+            weights = torch.where(counted > alpha, 1.0, torch.where(counted == alpha, share, 0.0)) / m
+        else:
+            q = p / (p - 1)
             largest = ascending[:, -1:].clamp_min(1e-300)
             powers = (ascending / largest).pow(q)
             sums = powers.cumsum(1)
             c = m - total + torch.arange(1, total + 1, device=losses.device)
             first = ((c * powers - sums <= 0) | (powers == 0)).sum(1, keepdim=True)
             alpha = largest * (sums.gather(1, (first - 1).clamp_min(0)) / (m - total + first)).pow(1 / q)
-            tau = n.pow(-1 / q) * m.pow(-1 / P)
-            weights = torch.where(valid, tau * (losses / alpha).clamp_max(1).pow(q - 1), 0.0).float()
-        return (weights * losses).sum(1).mean()
+            weights = n.pow(-1 / q) * m.pow(-1 / p) * (losses / alpha).clamp_max(1).pow(q - 1)
+        weights = (weights if valid is None else torch.where(valid, weights, 0.0)).to(losses.dtype)
+    return (weights * losses).sum(1).mean()
+
+
+def by_sorting(workload: Workload | Losses) -> Loss:
+    """`sorted_pooling` of the losses, or of those that F.cross_entropy makes of the logits."""
+    if isinstance(workload, Losses):
+        return lambda losses, mask: sorted_pooling(losses, mask, workload.p, workload.ratio)
+    segments = 1 if workload.scope == "batch" else workload.shape[0]
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits.float(), target, reduction="none").view(segments, -1)
+        return sorted_pooling(losses, (target != -100).view(segments, -1), workload.p, workload.ratio)
+
+    return loss
+
+
+def largest(workload: Losses) -> Loss:
+    """torch.topk: p = 1 with a whole m."""
+    if workload.p != 1:
+        raise Unavailable("p = 1 only")
+    return lambda losses, mask: losses.topk(int(workload.ratio * losses.shape[1]), 1, sorted=False).values.mean()
+
+
+def mpl_pytorch(workload: Losses) -> Loss:
+    """mpl.pytorch's steps, written afresh: one sort of everything, a scan on the host, weights scattered back."""
+    p, ratio = workload.p, workload.ratio
+
+    def loss(losses: Tensor, mask: None) -> Tensor:
+        flat = losses.reshape(-1)
+        ascending, order = flat.detach().sort()
+        ell = ascending.cpu().numpy().astype(np.float64)
+        n, m = ell.size, ratio * ell.size
+        if p == 1:
+            scaled = (np.arange(n) >= n - m) / m
+        else:
+            q = p / (p - 1)
+            powers = (ell / ell[-1]) ** q
+            sums = np.cumsum(powers)
+            eta = (m - n + np.arange(1, n + 1)) * powers - sums
+            first = min(int(np.searchsorted(eta > 0, True)), n - 1)  # from here on τ
+            alpha = ell[-1] * (sums[max(first - 1, 0)] / (m - n + first)) ** (1 / q)
+            scaled = n ** (-1 / q) * m ** (-1 / p) * np.minimum(ell / alpha, 1) ** (q - 1)
+        weights = torch.empty_like(flat)
+        weights[order] = torch.as_tensor(scaled, dtype=flat.dtype, device=flat.device)
+        return (weights * flat).sum()
 
     return loss
 
@@ -181,15 +241,45 @@ PROVIDERS = {
     "OHEM (mmseg)": Provider(ohem),
     "Lovász (smp)": Provider(lovasz),
 }
+SOLVERS = {
+    "lmp_triton": Provider(ours("triton"), pooled=True),
+    "lmp_triton, eager": Provider(ours("eager"), pooled=True),
+    "LMP by torch.sort": Provider(by_sorting, pooled=True),
+    "mpl.pytorch's algorithm": Provider(mpl_pytorch, pooled=True),
+    "torch.topk": Provider(largest, pooled=True),
+}
+"""Of losses; those of PROVIDERS that are named alike are the same."""
 BASE = "F.cross_entropy, compiled"
 """What the others are compared with, and F.cross_entropy where that failed."""
 
 
-def check(logits: Tensor, target: Tensor, value: Tensor, grad: Tensor, workload: Workload) -> str | None:
-    """Why a max-pooled loss and its gradient are wrong, or None: against the float64 oracle, at up to 4096 pixels."""
-    from lmp_triton import reference
+def check(inputs: tuple[Tensor, Tensor | None], value: Tensor, workload: Workload | Losses) -> str | None:
+    """Why a max-pooled loss and its gradient are wrong, or None: against the float64 oracle."""
+    values, target = inputs
+    assert values.grad is not None
+    if isinstance(workload, Losses):
+        expected, worst = _check_losses(values.detach(), values.grad, workload)
+        allowed = 2e-5
+    else:
+        assert target is not None
+        expected, worst = _check_logits(values.detach(), target, values.grad, workload)
+        allowed = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}[values.dtype]
+    if not abs(value.item() - expected) <= 1e-5 * expected:
+        return f"wrong: the loss is {value.item()}, the oracle's {expected}"
+    if not (worst <= allowed and math.isfinite(worst)):
+        return f"wrong: the gradient is off by {worst:.2g} of τ"
+    return None
 
-    x = logits.detach()
+
+def _check_losses(losses: Tensor, grad: Tensor, workload: Losses) -> tuple[float, float]:
+    """The oracle's loss, and the largest error of a weight in units of τ."""
+    ell = losses[0].double().cpu().numpy()
+    solution = reference.solve(ell, reference.support(ell.size, workload.ratio), workload.p)
+    return solution.loss, float(np.abs(grad[0].double().cpu().numpy() - solution.weights).max() / solution.tau)
+
+
+def _check_logits(x: Tensor, target: Tensor, grad: Tensor, workload: Workload) -> tuple[float, float]:
+    """The oracle's loss, and the largest error of the gradient at up to 4096 pixels in units of τ."""
     losses = F.cross_entropy(x.float(), target, reduction="none")
     images = 1 if workload.scope == "batch" else x.shape[0]
     rows, labels = losses.reshape(images, -1), target.reshape(images, -1)
@@ -199,7 +289,7 @@ def check(logits: Tensor, target: Tensor, value: Tensor, grad: Tensor, workload:
     for i in range(images):
         place = (labels[i] != -100).nonzero().squeeze(1)
         ell = rows[i][place].double().cpu().numpy()
-        solution = reference.solve(ell, reference.support(ell.size, RATIO), P)
+        solution = reference.solve(ell, reference.support(ell.size, workload.ratio), workload.p)
         expected += solution.loss / images
         some = torch.randperm(ell.size)[: 4096 // images + 1]
         weights = torch.as_tensor(solution.weights)[some].to(x.device)
@@ -209,9 +299,4 @@ def check(logits: Tensor, target: Tensor, value: Tensor, grad: Tensor, workload:
         want *= weights / images
         error = (slope[i][:, at].double() - want).abs().max().item()
         worst = max(worst, error / (solution.tau / images))
-    if not abs(value.item() - expected) <= 1e-5 * expected:
-        return f"wrong: the loss is {value.item()}, the oracle's {expected}"
-    allowed = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}[logits.dtype]
-    if not (worst <= allowed and math.isfinite(worst)):
-        return f"wrong: the gradient is off by {worst:.2g} of τ"
-    return None
+    return expected, worst

@@ -11,18 +11,29 @@ from pathlib import Path
 
 import pandas as pd
 
+from . import table as table_file
 from .providers import BASE
+from .table import NUMBERS, Unusable
 
-BASES = (BASE, "F.cross_entropy")
-CLOCKS = ("graph", "kernel", "end to end")
+BASES = (BASE, "F.cross_entropy", "LMP by torch.sort")
+KEYS = ["workload", "provider", "pass", "clock"]
+CLOCKS = ("graph", "kernel", "end to end", "host")
 
 
 def read(path: Path) -> pd.DataFrame:
-    """The long table; device, commit and status as text."""
-    table = pd.read_csv(
-        path, dtype={"commit": str, "capability": str, "driver": str, "status": str}, keep_default_na=True
-    )
-    return table.fillna({"pass": "", "clock": "", "capability": "", "driver": ""})
+    """The long table, numbers as numbers.
+
+    Raises:
+        table.Unusable: there is none, or it holds no row.
+    """
+    rows = table_file.read(path)
+    if not rows:
+        raise Unusable(f"{path} holds no row")
+    frame = pd.DataFrame(rows)
+    for name in NUMBERS:
+        frame[name] = pd.to_numeric(frame[name])
+    frame["kernels_us"] = frame["kernels_us"].where(frame["kernels_us"] != "")
+    return frame
 
 
 def latest(table: pd.DataFrame) -> pd.DataFrame:
@@ -48,8 +59,9 @@ def pivots(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
         base = next((name for name in BASES if name in times), None)
         if base:
             found[f"{passes}, {clock}, ratio to {base}"] = times.div(times[base], axis=0)
-        percent = some.pivot_table(index="workload", columns="provider", values="percent_of_device", sort=False)
-        found[f"{passes}, {clock}, percent of the bandwidth measured on the device"] = percent
+        if some["percent_of_device"].notna().any():
+            percent = some.pivot_table(index="workload", columns="provider", values="percent_of_device", sort=False)
+            found[f"{passes}, {clock}, percent of the bandwidth measured on the device"] = percent
         if some["peak_mib"].notna().any():
             memory = some.pivot_table(index="workload", columns="provider", values="peak_mib", sort=False)
             found[f"{passes}, peak MiB above the inputs"] = memory
@@ -97,17 +109,6 @@ def plots(table: pd.DataFrame) -> dict[str, bytes]:
         plt.close(figure)
         found[name] = buffer.getvalue()
 
-    figure, axes = plt.subplots(figsize=(9, 5))
-    for name, group in some.groupby("provider", sort=False):
-        group = group.sort_values("logits_bytes")
-        axes.plot(group["logits_bytes"] / 2**20, group["effective_gb_s"], "o-", label=name, alpha=0.8)
-    roof = some["device_gb_s"].median()
-    axes.axhline(roof, color="black", linestyle=":", label="a large copy on this device")
-    axes.set(xscale="log", yscale="log", xlabel="logits, MiB", ylabel="two reads and one write of the logits, GB/s")
-    axes.set_title(f"Throughput, forward + backward ({clock}), {some['device'].iloc[0]}")
-    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
-    save("throughput.png", figure)
-
     workloads = list(dict.fromkeys(some["workload"]))
     rows = math.ceil(len(workloads) / 2)
     figure, grid = plt.subplots(rows, 2, figsize=(13, 2.8 * rows), squeeze=False)
@@ -128,6 +129,20 @@ def plots(table: pd.DataFrame) -> dict[str, bytes]:
     figure.tight_layout()
     save("stages.png", figure)
 
+    if not some["effective_gb_s"].notna().any():
+        return found  # host times: no bandwidth bounds them
+
+    figure, axes = plt.subplots(figsize=(9, 5))
+    for name, group in some.groupby("provider", sort=False):
+        group = group.sort_values("logits_bytes")
+        axes.plot(group["logits_bytes"] / 2**20, group["effective_gb_s"], "o-", label=name, alpha=0.8)
+    roof = some["device_gb_s"].median()
+    axes.axhline(roof, color="black", linestyle=":", label="a large copy on this device")
+    axes.set(xscale="log", yscale="log", xlabel="logits, MiB", ylabel="two reads and one write of the logits, GB/s")
+    axes.set_title(f"Throughput, forward + backward ({clock}), {some['device'].iloc[0]}")
+    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
+    save("throughput.png", figure)
+
     figure, axes = plt.subplots(figsize=(9, 5))
     floor = 3 * some["logits_bytes"] / roof / 1e6
     for name, group in some.assign(floor=floor).groupby("provider", sort=False):
@@ -144,13 +159,16 @@ def plots(table: pd.DataFrame) -> dict[str, bytes]:
 def run(options: argparse.Namespace) -> int:
     """Print the tables; write the plots and one page that holds everything."""
     table = latest(read(options.file))
+    if not (table["status"] == "ok").any():
+        raise Unusable(f"{options.file} holds no measured row of its last commit")
     folder = options.to or options.file.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unusable(f"{folder} can't be written: {error.strerror}") from None
     about = table[["device", "capability", "driver", "torch", "triton", "commit", "date"]].drop_duplicates()
     parts = [f"<h1>lmp_triton: {html.escape(options.file.name)}</h1>", about.to_html(index=False)]
     print(about.to_string(index=False))
-    if not (table["status"] == "ok").any():
-        raise SystemExit(f"{options.file} holds no measured row of its last commit")
     for title, pivot in pivots(table).items():
         print(f"\n{title}")
         print(pivot.to_string(float_format=lambda x: f"{x:.3g}", na_rep="–"))
@@ -165,28 +183,40 @@ def run(options: argparse.Namespace) -> int:
 
 
 def side(spec: str) -> pd.DataFrame:
-    """FILE, or FILE@TEXT: only rows of a commit that starts so or of a device whose name holds TEXT."""
+    """FILE, or FILE@TEXT: only rows of a commit that starts so or of a device whose name holds TEXT.
+
+    Raises:
+        table.Unusable: no such rows, or of several devices.
+    """
     path, _, text = spec.partition("@")
     table = read(Path(path))
     if text:
         chosen = table["commit"].str.startswith(text) | table["device"].str.contains(text, regex=False)
         if not chosen.any():
-            raise SystemExit(f"{path} has no row of a commit or device like {text!r}")
+            raise Unusable(f"{path} has no row of a commit or device like {text!r}")
         table = table[chosen]
-    else:
-        table = latest(table)
-    return table[table["status"] == "ok"]
+    table = latest(table)
+    devices = table["device"].unique()
+    if len(devices) > 1:
+        raise Unusable(f"{path} holds several devices: choose one by {path}@NAME ({'; '.join(devices)})")
+    return table.drop_duplicates(KEYS, keep="last")
 
 
 def compare(options: argparse.Namespace) -> int:
     """Print the ratios of times, B to A; 1 if any is above the threshold."""
-    keys = ["workload", "provider", "pass", "clock"]
-    joined = side(options.a).merge(side(options.b), on=keys, suffixes=(" A", " B"))
+    a, b = (side(spec) for spec in (options.a, options.b))
+    joined = a[a["status"] == "ok"].merge(b[b["status"] == "ok"], on=KEYS, suffixes=(" A", " B"))
     if joined.empty:
-        raise SystemExit("the two sides have no workload and provider in common")
+        raise Unusable("the two sides have no workload and provider in common")
     joined["ratio"] = joined["ms B"] / joined["ms A"]
     joined = joined.sort_values("ratio", ascending=False)
-    print(joined[[*keys, "ms A", "ms B", "ratio"]].to_string(index=False, float_format=lambda x: f"{x:.3g}"))
+    print(joined[[*KEYS, "ms A", "ms B", "ratio"]].to_string(index=False, float_format=lambda x: f"{x:.3g}"))
+    pairs = {name: set(map(tuple, x[["workload", "provider"]].to_numpy())) for name, x in (("A", a), ("B", b))}
+    bad = b[(b["status"] != "ok") & ~b["status"].str.startswith("not available")]
+    for workload, provider, status in bad[["workload", "provider", "status"]].drop_duplicates().to_numpy():
+        print(f"no time in B: {provider} on {workload}: {status}")
+    missing = len(pairs["A"] - pairs["B"])
     slower = int((joined["ratio"] > options.threshold).sum())
-    print(f"\n{len(joined)} in common, {slower} slower by more than {options.threshold:g}×")
+    print(f"\n{len(joined)} in common, {slower} slower by more than {options.threshold:g}×", end="")
+    print(f"; {missing} pairs of workload and provider in A only" if missing else "")
     return 1 if slower else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +20,17 @@ class Workload(NamedTuple):
     """or "channels_last"."""
     losses: str = "untrained"
     """or "trained": most pixels sure of their label, one in twenty wrong."""
+    busy: bool = False
+    """Timed beside one spinning process a core."""
+    p: float = 1.3
+    ratio: float = 0.25
 
     @property
     def name(self) -> str:
         """As it stands in the tables."""
         size = "x".join(map(str, self.shape))
-        return f"{size} {self.dtype}" + ("" if self.layout == "contiguous" else " channels_last") + f" {self.losses}"
+        layout = "" if self.layout == "contiguous" else " channels_last"
+        return f"{size} {self.dtype}{layout} {self.losses}" + (" busy" if self.busy else "")
 
     @property
     def scope(self) -> str:
@@ -53,6 +59,41 @@ class Workload(NamedTuple):
         return logits.requires_grad_(), target
 
 
+class Losses(NamedTuple):
+    """One segment of losses, for the solvers alone."""
+
+    length: int
+    losses: str
+    """untrained: about log C each; trained: one in twenty high; heavy tail; all equal; thirty orders of magnitude."""
+    p: float = 1.3
+    ratio: float = 0.25
+    busy: bool = False
+
+    @property
+    def name(self) -> str:
+        """As it stands in the tables."""
+        return f"{self.length} losses {self.losses} p={self.p:g}" + (" busy" if self.busy else "")
+
+    @property
+    def logits_bytes(self) -> int:
+        """Of the losses: there are no logits."""
+        return 4 * self.length
+
+    def make(self, device: torch.device, seed: int) -> tuple[Tensor, None]:
+        """Losses (1, length) float32, a leaf that wants a gradient; no mask."""
+        rng = np.random.default_rng(seed)
+        n = self.length
+        values = {
+            "untrained": lambda: 2.94 + 0.3 * rng.standard_normal(n),
+            "trained": lambda: np.where(rng.random(n) < 0.05, rng.exponential(3, n), rng.exponential(0.01, n)),
+            "heavy tail": lambda: rng.lognormal(0, 5, n),
+            "all equal": lambda: np.full(n, 0.7),
+            "thirty orders": lambda: 10.0 ** -rng.uniform(0, 30, n),
+        }[self.losses]()
+        losses = torch.as_tensor(values, dtype=torch.float32).abs().unsqueeze(0).to(device)
+        return losses.requires_grad_(), None
+
+
 PAPER = ((2, 19, 550, 550), (4, 21, 321, 321))
 SHAPES = (
     *PAPER,
@@ -69,21 +110,27 @@ CORE = tuple(Workload(s) for s in (SHAPES[0], SHAPES[1], SHAPES[3], SHAPES[4])) 
     Workload(SHAPES[3], losses="trained"),
     Workload(SHAPES[3], layout="channels_last"),
 )
-SETS = {
-    "core": CORE,
-    "full": tuple(
-        dict.fromkeys(
-            CORE
-            + tuple(Workload(s, losses=losses) for losses in ("untrained", "trained") for s in SHAPES)
-            + tuple(Workload(s, layout="channels_last") for s in SHAPES[:4])
-            + tuple(Workload(s, dtype) for dtype in ("float32", "float16") for s in SHAPES)
-        )
-    ),
-    "cpu": tuple(
-        Workload(shape, "float32", losses=losses)
-        for shape in (*PAPER, (1, 19, 512, 1024), (1, 150, 256, 256), (4096, 1000))
-        for losses in ("untrained", "trained")
-    ),
-    "tiny": (Workload((2, 5, 24, 20), "float32"), Workload((300, 7), "float32", losses="trained")),
-}
-"""core: what a rented GPU does in minutes; full: everything; cpu: what a CPU does in minutes; tiny: for the tests."""
+FULL = tuple(
+    dict.fromkeys(
+        CORE
+        + tuple(Workload(s, losses=losses) for losses in ("untrained", "trained") for s in SHAPES)
+        + tuple(Workload(s, layout="channels_last") for s in SHAPES[:4])
+        + tuple(Workload(s, dtype) for dtype in ("float32", "float16") for s in SHAPES)
+    )
+)
+CPU = tuple(
+    Workload(shape, "float32", losses=losses)
+    for shape in (*PAPER, (1, 19, 512, 1024), (1, 150, 256, 256), (4096, 1000))
+    for losses in ("untrained", "trained")
+)
+EAGER = tuple(Workload(PAPER[0], "float32", losses=losses) for losses in ("untrained", "trained"))
+BUSY = tuple(workload._replace(busy=busy) for workload in EAGER for busy in (False, True))
+BUSY_SEGMENTS = tuple(Losses(605_000, "trained", busy=busy) for busy in (False, True))
+SEGMENTS = tuple(
+    Losses(n, losses, p)
+    for n in (2_000, 50_000, 302_500, 1_048_576)
+    for losses in ("untrained", "trained")
+    for p in (1.0, 1.3)
+)
+TINY = (Workload((2, 5, 24, 20), "float32"), Workload((300, 7), "float32", losses="trained"))
+TINY_SEGMENTS = (Losses(500, "trained", p=1.0), Losses(500, "untrained"))

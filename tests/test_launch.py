@@ -25,7 +25,7 @@ def seen():
     pytest.importorskip("pandas")
     script = Path(__file__).parents[1] / "perf" / "launches.py"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(script), "--json", "--repeats", "20"]
+    command = [sys.executable, str(script), "--json"]
     result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return json.loads(result.stdout)
 

@@ -147,7 +147,7 @@ def test_vmap_and_forward_mode_are_refused(rng, device):
 
 
 def test_the_plain_call_does_without(rng, backend, device):
-    """An operator costs a call several times what `autograd.Function` does; see `perf/host_cost.py`."""
+    """An operator costs a call several times what `autograd.Function` does; see perf/NOTES.md."""
     names = []
 
     class Watch(TorchDispatchMode):

@@ -1,8 +1,12 @@
 """The perf suite works without a GPU: it times, resumes, refuses wrong results, reports and compares."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from support import CUDA
 pandas = pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
 
-from lmp_triton.perf import bench, measure, providers, report, workloads  # noqa: E402
+from lmp_triton.perf import bench, measure, providers, report, sets, table, workloads  # noqa: E402
 
 from lmp_triton.cli import main  # noqa: E402
 
@@ -21,7 +25,7 @@ ALWAYS = ["lmp_triton, eager", "LMP by torch.sort", "F.cross_entropy"]
 
 
 @pytest.fixture
-def table(tmp_path, monkeypatch):
+def timed(tmp_path, monkeypatch):
     """Runs the smallest set; returns the path of its table."""
     monkeypatch.setattr(measure, "SECONDS", 0.02)
     path = tmp_path / "times.csv"
@@ -33,14 +37,14 @@ def table(tmp_path, monkeypatch):
     return run
 
 
-def test_run_report_compare(table, tmp_path, capsys):
-    path = table(*ALWAYS)
+def test_run_report_compare(timed, tmp_path, capsys):
+    path = timed(*ALWAYS)
     rows = pandas.read_csv(path)
     assert set(rows["provider"]) == set(ALWAYS) and (rows["status"] == "ok").all() and (rows["ms"] > 0).all()
     assert (rows["p20"] <= rows["ms"]).all() and (rows["ms"] <= rows["p80"]).all()
     assert set(rows["pass"]) == {"forward", "forward+backward"} and rows["device"].notna().all()
     capsys.readouterr()
-    table(*ALWAYS)  # resumed: nothing is left to do
+    timed(*ALWAYS)  # resumed: nothing is left to do
     assert "0 to do" in capsys.readouterr().out
     assert len(pandas.read_csv(path)) == len(rows)
     assert main(["bench", "report", str(path), "--to", str(tmp_path / "report")]) == 0
@@ -52,8 +56,8 @@ def test_run_report_compare(table, tmp_path, capsys):
     rows.assign(ms=2 * rows["ms"], commit="abc").to_csv(slower, index=False)
     assert main(["bench", "compare", str(path), f"{slower}@abc"]) == 1
     assert main(["bench", "compare", str(path), str(slower), "--threshold", "3"]) == 0
-    with pytest.raises(SystemExit, match="no row of a commit or device like"):
-        main(["bench", "compare", str(path), f"{slower}@H100"])
+    assert main(["bench", "compare", str(path), f"{slower}@H100"]) == 2
+    assert "no row of a commit or device like" in capsys.readouterr().err
 
 
 def test_stages_of_a_profiled_provider():
@@ -64,17 +68,17 @@ def test_stages_of_a_profiled_provider():
     assert report.stages_of(pandas.DataFrame(rows)) == {"x": [("forward", 1.0), ("backward", 2.0)]}
 
 
-def test_what_cannot_run_says_why(table, monkeypatch):
+def test_what_cannot_run_says_why(timed, monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", None)
-    rows = pandas.read_csv(table("Liger cross-entropy"))
+    rows = pandas.read_csv(timed("Liger cross-entropy"))
     assert (
         rows["status"].str.startswith("not available: liger-kernel is not installed").all() and rows["ms"].isna().all()
     )
 
 
 @pytest.mark.parametrize("fault", ["value", "gradient"])
-def test_a_wrong_result_gets_no_speed(table, monkeypatch, fault):
+def test_a_wrong_result_gets_no_speed(timed, monkeypatch, fault):
     def make(workload):
         right = providers.ours("eager")(workload)
 
@@ -86,13 +90,13 @@ def test_a_wrong_result_gets_no_speed(table, monkeypatch, fault):
         return loss
 
     monkeypatch.setitem(providers.PROVIDERS, "F.cross_entropy", providers.Provider(make, pooled=True))
-    rows = pandas.read_csv(table("F.cross_entropy"))
+    rows = pandas.read_csv(timed("F.cross_entropy"))
     assert rows["status"].str.startswith("wrong: the").all() and rows["ms"].isna().all()
 
 
 @pytest.mark.parametrize("name", ["lmp_triton, eager", "LMP by torch.sort", "top-k (detectron2)", "OHEM (mmseg)"])
 def test_providers(name):
-    for workload in workloads.SETS["tiny"]:
+    for workload in workloads.TINY:
         logits, target = workload.make(torch.device("cpu"), 3)
         value = providers.PROVIDERS[name].make(workload)(logits, target)
         value.backward()
@@ -101,12 +105,92 @@ def test_providers(name):
 
 def test_workloads():
     """The trained ones are sure of most pixels, the untrained of none; both have ignored pixels."""
-    for workload in workloads.SETS["tiny"]:
+    for workload in workloads.TINY:
         logits, target = workload.make(torch.device("cpu"), 3)
         losses = torch.nn.functional.cross_entropy(logits, target, reduction="none")[target != -100]
         assert (losses < 0.1).float().mean() > 0.7 if workload.losses == "trained" else losses.min() > 0.3
         assert 0 < (target == -100).sum() < 0.2 * target.numel()
-    assert all(w.logits_bytes < 2**33 for w in workloads.SETS["full"]) and len(workloads.SETS["full"]) > 35
+    assert all(w.logits_bytes < 2**33 for w in workloads.FULL) and len(workloads.FULL) > 35
+
+
+@pytest.mark.parametrize("workload", workloads.TINY_SEGMENTS + (workloads.Losses(2_000, "heavy tail", p=1.7),))
+@pytest.mark.parametrize("name", ["lmp_triton, eager", "LMP by torch.sort", "mpl.pytorch's algorithm", "torch.topk"])
+def test_solvers_agree(name, workload):
+    """The ways to pool losses beside each other are ways to the same loss; what isn't gets no time."""
+    found = sets.timing.rows_of(workload, {name: providers.SOLVERS[name]}, torch.device("cpu"), 1e9)[name]
+    if name == "torch.topk" and workload.p != 1:
+        assert found[0]["status"] == "not available: p = 1 only"
+    elif name == "mpl.pytorch's algorithm" and workload == workloads.TINY_SEGMENTS[1]:
+        assert found[0]["status"].startswith("wrong: the loss is")  # where no loss reaches α*, it takes the largest
+    else:
+        assert [row["status"] for row in found] == ["ok", "ok"]
+
+
+def test_sorted_pooling_is_the_oracle(rng):
+    """The one sort-based loss of the suite, ties, ignored pixels and small supports included."""
+    from lmp_triton import reference
+
+    for p in (1.0, 1.3, 7.0):  # nearer to 1 its powers underflow, as the usual way does
+        for ratio in (0.001, 0.25, 0.9):
+            losses = torch.randn(3, 200).mul(2).exp().round(decimals=1)
+            valid = torch.rand(3, 200) < 0.8
+            want = [
+                reference.solve(ell[keep].double().numpy(), reference.support(int(keep.sum()), ratio), p).loss
+                for ell, keep in zip(losses, valid, strict=True)
+            ]
+            got = providers.sorted_pooling(losses, valid, p, ratio).item()
+            assert abs(got - sum(want) / 3) <= 2e-6 * got, (p, ratio)
+
+
+def test_spinning_processes_end():
+    """With the context, and with the process that started them, however it ends."""
+    with measure.spinning(1):
+        pass
+    script = (
+        "import subprocess, sys, os\nfrom lmp_triton.perf import measure\n"
+        "spin = subprocess.Popen([sys.executable, '-S', '-c', measure.SPIN])\nprint(spin.pid, flush=True)\nos._exit(1)"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/").stdout
+    spinner = int(said)
+    for _ in range(100):
+        if not Path(f"/proc/{spinner}").exists():
+            return
+        time.sleep(0.1)
+    os.kill(spinner, signal.SIGKILL)
+    raise AssertionError("it spins on")
+
+
+def test_a_busy_workload_is_timed_beside_spinning_processes(monkeypatch):
+    started = []
+    monkeypatch.setattr(measure, "SECONDS", 0.02)
+    monkeypatch.setattr(measure, "spinning", lambda n: started.append(n) or contextlib.nullcontext())
+    quiet, busy = workloads.TINY[0], workloads.TINY[0]._replace(busy=True)
+    for workload in (quiet, busy):
+        sides = {"F.cross_entropy": providers.PROVIDERS["F.cross_entropy"]}
+        rows = sets.timing.rows_of(workload, sides, torch.device("cpu"), 1e9)["F.cross_entropy"]
+        assert [row["status"] for row in rows] == ["ok", "ok"]
+    assert started == [os.cpu_count()] and busy.name == quiet.name + " busy"
+
+
+@pytest.mark.skipif(CUDA, reason="takes the place of a GPU")
+def test_host_times_come_from_a_gpu_that_is_not_there(tmp_path):
+    """In a process without the interpreter; no bandwidth is claimed for them."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    out = tmp_path / "host.csv"
+    command = [sys.executable, "-m", "lmp_triton.perf.bench", "run", "--set", "host", "--out", str(out)]
+    subprocess.run(command, env=environment, check=True, cwd=tmp_path, capture_output=True)
+    rows = table.read(out)
+    assert {row["provider"] for row in rows} == set(sets.HOST) and len(rows) == 2 * len(sets.HOST)
+    assert all(row["status"] == "ok" and row["clock"] == "host" and not row["effective_gb_s"] for row in rows)
+    assert main(["bench", "report", str(out), "--to", str(tmp_path / "report")]) == 0
+
+
+def test_sets_are_named(capsys):
+    assert main(["bench", "sets"]) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines()] == list(sets.SETS)
+    assert main(["bench", "run", "--set", "host", "--providers", "Lovász (smp)"]) == 2
+    assert "the set has no provider Lovász (smp)" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(CUDA, reason="shows what it does without a GPU")

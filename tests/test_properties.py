@@ -1,4 +1,4 @@
-"""What must hold for any losses, p and m (design.md section 1), on whatever Hypothesis comes up with."""
+"""What must hold for any losses, p and m, on whatever Hypothesis comes up with."""
 
 import math
 

@@ -36,7 +36,7 @@ def distributions(rng):
 def check(losses, p, ratio, device, tolerance=1e-6, **solver):
     """Compare loss, statistics and gradient of `pool_losses` with the oracle, tighter than the contract.
 
-    (That, design.md section 5, is 2e-6·L_ref for the loss, 1e-5·τ for weights at p ≥ 1.05 and q·2^-22·τ below.)
+    (The goal is 2e-6·L_ref for the loss, 1e-5·τ for weights at p ≥ 1.05 and q·2^-22·τ below.)
     """
     ell = torch.as_tensor(losses, dtype=torch.float32, device=device).requires_grad_()
     expected = oracle(ell, p, ratio)
