@@ -182,7 +182,7 @@ def test_the_block_of_the_picture_is_held_out_and_has_many_classes(scene):
 
 
 def test_network_keeps_any_size():
-    from lmp_triton.demo.network import UNet
+    from lmp_triton.segmentation.unet import UNet
 
     logits = UNet(4, 17)(torch.zeros(1, 4, 9, 150, dtype=torch.uint8))
     assert logits.shape == (1, 17, 9, 150)

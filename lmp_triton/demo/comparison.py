@@ -17,8 +17,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lmp_triton import LossMaxPooling, dispatch, optimal_weights
+from lmp_triton.segmentation.unet import UNet
 
-from .network import UNet
 from .picture import View, draw
 from .scene import (
     BLOCK,
