@@ -1,11 +1,13 @@
 """Triton's interpreter, faster: the kernels sort and scan, and it does that one loss at a time."""
 
-import inspect
+import functools
 
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, ReduceOps, ScanOps
+
+ADDRESS = np.dtype(np.uint64)
 
 
 def scan_by_doubling(self, tensors):
@@ -31,10 +33,15 @@ def reduce_xor(self, tensors, original=ReduceOps.generic_reduce):
     return [self.to_tensor(np.bitwise_xor.reduce(x.handle.data, self.axis, keepdims=self.keep_dims), x.dtype)]
 
 
+@functools.cache
+def language_modules(fn):
+    """The names of the modules that a device function knows triton.language by."""
+    return {x.__name__ for x in fn.__globals__.values() if x is tl or x is tl.core}
+
+
 def patch_once(fn, patched, original=interpreter._patch_lang):
     """What redirects triton.language to NumPy; the interpreter does so anew for every call of a device function."""
-    modules = {name for name, value in fn.__globals__.items() if inspect.ismodule(value) and value in (tl, tl.core)}
-    modules = {fn.__globals__[name].__name__ for name in modules}
+    modules = language_modules(fn)
     if modules <= patched:
         return interpreter._LangPatchScope()
     patched |= modules
@@ -45,6 +52,8 @@ def speed_up():
     """Put these in place of the interpreter's own."""
     ReduceOps.generic_reduce = reduce_xor
     ScanOps.generic_scan = scan_by_doubling
+    numpy_type = functools.cache(interpreter._get_np_dtype)  # which makes a table of all types for every question
+    interpreter._get_np_dtype = lambda dtype: ADDRESS if dtype.scalar.is_ptr() else numpy_type(dtype.scalar)
     patched, call = set(), GridExecutor.__call__
 
     def launch(self, *args, **kwargs):
