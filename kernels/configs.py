@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..settings import MAX_CLASSES
+
 
 class StreamConfig(NamedTuple):
     """How a kernel that does little to each loss walks them."""
@@ -101,8 +103,6 @@ class Table(NamedTuple):
     """`SelectConfig.solve_block` where the solve shares a launch, and so its warps, with the losses."""
     sort: SortConfig
 
-
-MAX_CLASSES = 1024
 
 AMPERE = Table(
     pixels=(

@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LEVELS = 3
-"""Spatial dimensions that a kernel walks at most, after those that lie behind each other were made one."""
+from ..settings import MAX_LEVELS
 
 
 class Layout(NamedTuple):
@@ -53,8 +52,8 @@ def _merged(sizes: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> Lay
 
 
 def padded(values: tuple[int, ...]) -> tuple[int, ...]:
-    """Filled up in front to LEVELS entries, which no kernel reads."""
-    return (0,) * (LEVELS - len(values)) + values
+    """Filled up in front to MAX_LEVELS entries, which no kernel reads."""
+    return (0,) * (MAX_LEVELS - len(values)) + values
 
 
 def unit_of(*sizes: int) -> int:

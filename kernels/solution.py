@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import types
 from .numerics import INF_BITS, Q_CAP, bits_float
 from .workspace import MAXIMUM, VALID, WORDS, take_ticket
 
-UNIFORM_PIVOT = tl.constexpr(-0.5)  # below every loss, above the −1 of ignored pixels: all valid pixels get τ
+UNIFORM_PIVOT = tl.constexpr(types.UNIFORM_PIVOT)
 
 
 class Parameters(NamedTuple):

@@ -7,9 +7,8 @@
 Nothing is compiled, read or started at import; Triton itself is imported on the first call that uses it.
 """
 
-from . import dropins, reference
-from .api import loss_max_pooling, optimal_weights, pool_losses, upsampled_loss_max_pooling
-from .dropins import obstacle
+from . import reference
+from .api import loss_max_pooling, obstacle, optimal_weights, pool_losses, upsampled_loss_max_pooling
 from .modules import LossMaxPooling
 from .schedules import RatioSchedule, anneal
 from .types import PoolingStats
@@ -21,7 +20,6 @@ __all__ = [
     "PoolingStats",
     "RatioSchedule",
     "anneal",
-    "dropins",
     "loss_max_pooling",
     "obstacle",
     "optimal_weights",

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, distributed, operators
-from .autograd import FromLogits, FromLosses, Options
-from .types import PixelLosses, PoolingStats
+from . import autograd, checks, dispatch, distributed
+from .autograd import Pooled
+from .types import (
+    ALPHA,
+    SATURATED,
+    TAU,
+    VALID,
+    CrossEntropy,
+    PixelLosses,
+    Pool,
+    PoolingStats,
+    segments_of,
+)
 
 
 def loss_max_pooling(
@@ -71,21 +82,31 @@ def loss_max_pooling(
         NotImplementedError: a transform of torch.func, forward-mode differentiation.
         RuntimeError: group, but torch.distributed is not initialised.
     """
+    cross_entropy = CrossEntropy(weight, ignore_index, label_smoothing)
+    pool = Pool(p, ratio, scope, reduction, solver, group)
+    return _from_logits(logits, target, cross_entropy, pool, backend, return_stats, check_targets)
+
+
+def _from_logits(
+    logits: Tensor,
+    target: Tensor,
+    cross_entropy: CrossEntropy,
+    pool: Pool,
+    backend: str,
+    return_stats: bool,
+    check_targets: bool,
+) -> Tensor | tuple[Tensor, PoolingStats]:
     checks.transforms(logits)
-    checks.options(p, ratio, scope, reduction, group, logits.device)
-    checks.cross_entropy_options(weight, ignore_index, label_smoothing)
-    checks.logits_and_target(logits, target, weight, scope)
-    checks.labels(target, logits.shape[1], ignore_index, check_targets)
-    segments = logits.shape[0] if scope == "image" else 1
+    checks.pool(pool, logits.device)
+    checks.cross_entropy(cross_entropy)
+    checks.logits_and_target(logits, target, cross_entropy, pool.scope)
+    checks.labels(target, logits.shape[1], cross_entropy.ignore_index, check_targets)
     if logits.ndim == 2:  # rows are pixels of one image
         logits, target = logits.t().unsqueeze(0), target.unsqueeze(0)
-    backend = dispatch.choose(logits, backend, solver, segments, group)
-    if not target.numel() and group is None:
-        return _nothing(logits, segments, reduction, return_stats)
-    options = Options(backend, segments, reduction, solver, ignore_index, float(label_smoothing), group)
-    weight = weight if weight is None else weight.contiguous()
-    pool = operators.pool_logits if _traced(backend) else FromLogits.apply
-    return _result(pool(logits, target, weight, p, ratio, options), options, return_stats)
+    backend = dispatch.choose(logits, backend, pool.solver, pool.scope, pool.group)
+    if not target.numel() and pool.group is None:
+        return _nothing(logits, pool, return_stats)
+    return _result(autograd.from_logits(logits, target, cross_entropy, pool, backend), pool, backend, return_stats)
 
 
 def pool_losses(
@@ -115,17 +136,11 @@ def pool_losses(
     Raises:
         ValueError, TypeError, RuntimeError: as `loss_max_pooling`.
     """
-    checks.transforms(losses)
-    checks.options(p, ratio, scope, reduction, group, losses.device)
-    checks.losses_and_mask(losses, mask, scope)
-    segments = losses.shape[0] if scope == "image" else 1
-    losses, mask = _rows(losses), None if mask is None else _rows(mask)
-    backend = dispatch.choose(losses, backend, solver, segments, group)
+    pool = Pool(p, ratio, scope, reduction, solver, group)
+    losses, mask, backend = _own_losses(losses, mask, pool, backend)
     if not losses.numel() and group is None:
-        return _nothing(losses, segments, reduction, return_stats)
-    options = Options(backend, segments, reduction, solver, group=group)
-    pool = operators.pool_losses if _traced(backend) else FromLosses.apply
-    return _result(pool(losses, mask, p, ratio, options), options, return_stats)
+        return _nothing(losses, pool, return_stats)
+    return _result(autograd.from_losses(losses, mask, pool, backend), pool, backend, return_stats)
 
 
 def optimal_weights(
@@ -146,22 +161,18 @@ def optimal_weights(
 
     The arguments and errors are those of `pool_losses`.
     """
-    checks.transforms(losses)
-    checks.options(p, ratio, scope, "none", group, losses.device)
-    checks.losses_and_mask(losses, mask, scope)
-    segments = losses.shape[0] if scope == "image" else 1
-    shape, dtype = losses.shape, torch.promote_types(losses.dtype, torch.float32)
-    losses, mask = _rows(losses), None if mask is None else _rows(mask)
-    backend = dispatch.choose(losses, backend, solver, segments, group)
+    pool = Pool(p, ratio, scope, "none", solver, group)
+    shape = losses.shape
+    losses, mask, backend = _own_losses(losses, mask, pool, backend)
+    dtype = torch.promote_types(losses.dtype, torch.float32)
     if not losses.numel() and group is None:
-        return losses.detach().to(dtype).view(shape), _no_stats(losses, segments)
-    options = Options(backend, segments, "none", solver, group=group)
-    pool = operators.pool_losses if _traced(backend) else FromLosses.apply
+        return losses.detach().to(dtype).view(shape), _no_stats(losses, pool)
     with torch.no_grad():
-        _, solution, counts, losses = pool(losses, mask, p, ratio, options)
+        pooled = autograd.from_losses(losses, mask, pool, backend)
         one = torch.ones((), dtype=dtype, device=losses.device)
-        weights = dispatch.module(backend).pixel_weights(PixelLosses(losses), solution, one, dtype)
-    return weights.view(shape), _stats(solution, counts, losses, options)
+        stages = dispatch.stages(backend, losses)
+        weights = stages.pixel_weights(PixelLosses(pooled.losses), pooled.solution, one, dtype)
+    return weights.view(shape), _stats(pooled, pool, backend)
 
 
 def upsampled_loss_max_pooling(
@@ -178,9 +189,38 @@ def upsampled_loss_max_pooling(
     )
 
 
-def _traced(backend: str) -> bool:
-    """Whether the kernels are to be called as operators."""
-    return backend == "triton" and torch.compiler.is_compiling()
+def obstacle(*, losses: Tensor | None = None, logits: Tensor | None = None, scope: str = "image") -> str | None:
+    """Why the kernels can't serve these tensors, or None if they can: no launch, no copy, no host sync.
+
+        weights = my_weights(losses) if lmp_triton.obstacle(losses=losses) else lmp_triton.optimal_weights(losses)[0]
+
+    Args:
+        losses: what would be given to `pool_losses` or `optimal_weights`.
+        logits: or what would be given to `loss_max_pooling`, (N, C, *spatial).
+        scope: as in that call.
+
+    Raises:
+        ValueError: not exactly one of losses and logits.
+    """
+    if losses is not None and logits is None:
+        checks.losses_and_mask(losses, None, scope)
+        rows = (losses.shape[0], math.prod(losses.shape[1:])) if losses.ndim > 1 else (1, losses.shape[0])
+        stand_in = losses.detach().as_strided(rows, (0, 0))  # flatten() might copy
+        return dispatch.obstacle(stand_in, scope)
+    if logits is not None and losses is None:
+        if logits.ndim == 2:  # rows are pixels of one image
+            logits = logits.t().unsqueeze(0)
+        return dispatch.obstacle(logits, scope)
+    raise ValueError("obstacle takes either losses or logits")
+
+
+def _own_losses(losses: Tensor, mask: Tensor | None, pool: Pool, backend: str) -> tuple[Tensor, Tensor | None, str]:
+    """Checked, as rows (N, L), and the backend that will serve them."""
+    checks.transforms(losses)
+    checks.pool(pool, losses.device)
+    checks.losses_and_mask(losses, mask, pool.scope)
+    losses, mask = _rows(losses), None if mask is None else _rows(mask)
+    return losses, mask, dispatch.choose(losses, backend, pool.solver, pool.scope, pool.group)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -188,26 +228,27 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(1) if x.ndim > 1 else x.unsqueeze(0)
 
 
-def _result(outputs: tuple[Tensor, ...], options: Options, return_stats: bool) -> Tensor | tuple[Tensor, PoolingStats]:
-    value, solution, counts, losses = outputs
-    return (value, _stats(solution, counts, losses, options)) if return_stats else value
+def _result(pooled: Pooled, pool: Pool, backend: str, return_stats: bool) -> Tensor | tuple[Tensor, PoolingStats]:
+    return (pooled.value, _stats(pooled, pool, backend)) if return_stats else pooled.value
 
 
-def _stats(solution: Tensor, counts: Tensor, losses: Tensor, options: Options) -> PoolingStats:
-    total = dispatch.module(options.backend).total_weight(PixelLosses(losses), solution)
-    if options.group is not None:
-        total = distributed.sum_of_reals(total.double(), options.group).to(total.dtype)
-    return PoolingStats(solution[0], solution[1], counts[0], counts[1], total)
+def _stats(pooled: Pooled, pool: Pool, backend: str) -> PoolingStats:
+    _, solution, counts, losses = pooled
+    total = dispatch.stages(backend, losses).total_weight(PixelLosses(losses), solution)
+    if pool.group is not None:
+        total = distributed.sum_of_reals(total.double(), pool.group).to(total.dtype)
+    return PoolingStats(solution[ALPHA], solution[TAU], counts[VALID], counts[SATURATED], total)
 
 
-def _no_stats(values: Tensor, segments: int) -> PoolingStats:
+def _no_stats(values: Tensor, pool: Pool) -> PoolingStats:
+    segments = segments_of(values.shape[0], pool.scope)
     real = torch.zeros(segments, dtype=torch.promote_types(values.dtype, torch.float32), device=values.device)
     count = torch.zeros(segments, dtype=torch.int64, device=values.device)
     return PoolingStats(real, real, count, count, real)
 
 
-def _nothing(values: Tensor, segments: int, reduction: str, return_stats: bool) -> Tensor | tuple[Tensor, PoolingStats]:
+def _nothing(values: Tensor, pool: Pool, return_stats: bool) -> Tensor | tuple[Tensor, PoolingStats]:
     """The loss of no pixel at all: 0, with a graph."""
     zero = values.to(torch.promote_types(values.dtype, torch.float32)).sum()
-    value = zero.expand(segments).clone() if reduction == "none" else zero
-    return (value, _no_stats(values, segments)) if return_stats else value
+    value = zero.expand(segments_of(values.shape[0], pool.scope)).clone() if pool.reduction == "none" else zero
+    return (value, _no_stats(values, pool)) if return_stats else value

@@ -1,7 +1,5 @@
 """The two differentiable functions, the same for every backend: from logits, and from a user's own losses.
 
-(Under `torch.compile` the kernels are called by the same two functions as operators, see `lmp_triton.operators`.)
-
 Forward solves, backward writes the gradient: the threshold forces a second read of the logits in any case, and a
 gradient stored before grad_output is known would be flushed to zero in float16 (τ is about 1/m) and cost another pass.
 What is kept in between is the logits, which the caller owns, and a few bytes a pixel; so a second backward under
@@ -16,58 +14,39 @@ import torch
 from torch import Tensor
 
 from . import dispatch, eager
-from .types import PixelLosses, Pooling
+from .checks import refuse_second_derivative
+from .types import CrossEntropy, PixelLosses, Pool, Pooling
 
 
-class Options(NamedTuple):
-    """What a call asks for, apart from its tensors."""
+class Pooled(NamedTuple):
+    """What both return."""
 
-    backend: str
-    segments: int
-    reduction: str
-    solver: str = "auto"
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    group: Any = None
-
-
-def _solve(pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, options: Options) -> Pooling:
-    """The solve stage of the backend; over the ranks of a group the eager one, whoever computed the losses."""
-    if options.group is not None:
-        return eager.solve(pixels, p, ratio, options.segments, options.reduction, group=options.group)
-    stages = dispatch.module(options.backend)
-    return stages.solve(pixels, p, ratio, options.segments, options.reduction, options.solver)
+    value: Tensor
+    """The reduced loss, the only one with a derivative."""
+    solution: Tensor
+    counts: Tensor
+    losses: Tensor
+    """(N, L), see `types.PixelLosses`; the others as in `types.Pooling`."""
 
 
-NO_SECOND_DERIVATIVE = (
-    "loss max-pooling has no second derivative: the weights w* are held constant in its gradient "
-    "(Rota Bulò et al. 2017, Section 4), so differentiating that gradient again would be wrong"
-)
+def from_logits(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, pool: Pool, backend: str) -> Pooled:
+    """Logits (N, C, *spatial) and target (N, *spatial) to the pooled loss, differentiable by the logits."""
+    # Autograd and Dynamo look for tensors among the arguments, not in what these hold.
+    weight, *cross_entropy_options = cross_entropy
+    weight = None if weight is None else weight.contiguous()
+    p, ratio, *pool_options = pool
+    return Pooled(
+        *_FromLogits.apply(logits, target, weight, p, ratio, tuple(cross_entropy_options), tuple(pool_options), backend)
+    )
 
 
-class _Once(torch.autograd.Function):
-    """The identity on a gradient, whose own gradient is refused."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *others: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        raise RuntimeError(NO_SECOND_DERIVATIVE)
+def from_losses(losses: Tensor, mask: Tensor | None, pool: Pool, backend: str) -> Pooled:
+    """A user's own losses (N, L) and mask (N, L) to the pooled loss, differentiable by the losses."""
+    p, ratio, *pool_options = pool
+    return Pooled(*_FromLosses.apply(losses, mask, p, ratio, tuple(pool_options), backend))
 
 
-def refuse_second_derivative(grad: Tensor, *sources: Tensor) -> Tensor:
-    """The gradient as it is; under create_graph=True, tied to its sources so that differentiating it raises."""
-    return _Once.apply(grad, *sources) if torch.is_grad_enabled() else grad
-
-
-class FromLogits(torch.autograd.Function):
-    """Logits (N, C, *spatial) and target (N, *spatial) to the pooled loss.
-
-    Returns (value, solution, counts, losses); only `value` is differentiable, and only by the logits.
-    """
-
+class _FromLogits(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -76,56 +55,69 @@ class FromLogits(torch.autograd.Function):
         weight: Tensor | None,
         p: float | Tensor,
         ratio: float | Tensor,
-        options: Options,
+        cross_entropy_options: tuple[Any, ...],
+        pool_options: tuple[Any, ...],
+        backend: str,
     ) -> tuple[Tensor, ...]:
-        stages = dispatch.module(options.backend)
-        call = (logits, target, weight, options.ignore_index, options.label_smoothing)
-        if options.group is None:
-            pixels, pooling = stages.pool_logits(*call, p, ratio, options.segments, options.reduction, options.solver)
-        else:
-            pixels = stages.softmax_losses(*call, options.segments)
-            pooling = _solve(pixels, p, ratio, options)
-        ctx.options = options
+        stages = dispatch.stages(backend, logits)
+        cross_entropy, pool = CrossEntropy(weight, *cross_entropy_options), Pool(p, ratio, *pool_options)
+        if pool.group is None:
+            pixels, pooling = stages.pool_logits(logits, target, cross_entropy, pool)
+        else:  # whoever computes the losses, the eager solver adds over the ranks
+            pixels = stages.softmax_losses(logits, target, cross_entropy, pool.scope)
+            pooling = eager.solve(pixels, pool)
+        ctx.backend, ctx.cross_entropy_options = backend, cross_entropy_options
         ctx.save_for_backward(logits, weight, pooling.solution, pixels.losses, *pixels.saved)
         return _outputs(ctx, pixels, pooling)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_output is None or not ctx.needs_input_grad[0]:
-            return (None,) * 6
+            return (None,) * 8
         logits, weight, solution, losses, *saved = ctx.saved_tensors
-        options: Options = ctx.options
         with torch.no_grad():
-            grad = dispatch.module(options.backend).logits_gradient(
-                logits, PixelLosses(losses, tuple(saved)), solution, grad_output, weight, options.label_smoothing
+            grad = dispatch.stages(ctx.backend, logits).logits_gradient(
+                logits,
+                PixelLosses(losses, tuple(saved)),
+                solution,
+                grad_output,
+                CrossEntropy(weight, *ctx.cross_entropy_options),
             )
-        return refuse_second_derivative(grad, logits, grad_output), None, None, None, None, None
+        return refuse_second_derivative(grad, logits, grad_output), *(None,) * 7
 
 
-class FromLosses(torch.autograd.Function):
-    """A user's own losses (N, L) and mask (N, L) to the pooled loss; returns as `FromLogits`."""
-
+class _FromLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, mask: Tensor | None, p: float | Tensor, ratio: float | Tensor, options: Options
+        ctx: Any,
+        losses: Tensor,
+        mask: Tensor | None,
+        p: float | Tensor,
+        ratio: float | Tensor,
+        pool_options: tuple[Any, ...],
+        backend: str,
     ) -> tuple[Tensor, ...]:
-        pixels = dispatch.module(options.backend).marked_losses(values, mask, options.segments)
-        pooling = _solve(pixels, p, ratio, options)
-        ctx.options, ctx.dtype = options, values.dtype
-        # The values themselves are kept for the graph of a second derivative only; they are the caller's.
-        ctx.save_for_backward(values, pooling.solution, pixels.losses)
+        stages, pool = dispatch.stages(backend, losses), Pool(p, ratio, *pool_options)
+        if pool.group is None:
+            pixels, pooling = stages.pool_losses(losses, mask, pool)
+        else:
+            pixels = stages.marked_losses(losses, mask, pool.scope)
+            pooling = eager.solve(pixels, pool)
+        ctx.backend, ctx.dtype = backend, losses.dtype
+        # The losses as given are kept for the graph of a second derivative only; they are the caller's.
+        ctx.save_for_backward(losses, pooling.solution, pixels.losses)
         return _outputs(ctx, pixels, pooling)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_output is None or not ctx.needs_input_grad[0]:
-            return (None,) * 5
-        values, solution, losses = ctx.saved_tensors
+            return (None,) * 6
+        given, solution, losses = ctx.saved_tensors
         with torch.no_grad():
-            grad = dispatch.module(ctx.options.backend).pixel_weights(
+            grad = dispatch.stages(ctx.backend, given).pixel_weights(
                 PixelLosses(losses), solution, grad_output, ctx.dtype
             )
-        return refuse_second_derivative(grad, values, grad_output), None, None, None, None
+        return refuse_second_derivative(grad, given, grad_output), *(None,) * 5
 
 
 def _outputs(ctx: Any, pixels: PixelLosses, pooling: Pooling) -> tuple[Tensor, ...]:

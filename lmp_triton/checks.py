@@ -1,23 +1,25 @@
-"""Bad input gets a clear error before anything is launched: the argument, what it was, what it must be.
+"""What is refused. Bad input gets a clear error before anything is launched: the argument, what it was, what it must
+be.
 
 Nothing here reads a value on a GPU (that would be a host sync) unless the caller asks for it by `check_targets`.
 """
 
 from __future__ import annotations
 
-import os
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import settings
+from .settings import on_host
+from .types import CrossEntropy, Pool
+
 SCOPES = ("image", "batch")
 REDUCTIONS = ("mean", "sum", "none")
 TARGET_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 LOSS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-VARIABLE = "LMP_TRITON_CHECK"
-"""Environment variable: 1 checks every target, also on a GPU, as check_targets=True does."""
-
 
 NO_TRANSFORMS = (
     "loss max-pooling does not run under the transforms of torch.func (vmap, grad, jvp, jacrev, …) or in forward mode: "
@@ -37,18 +39,34 @@ def transforms(*tensors: Tensor | None) -> None:
         raise NotImplementedError(NO_TRANSFORMS)
 
 
-def on_host(tensor: Tensor) -> bool:
-    """Whether reading a value of this tensor costs nothing: it is on the CPU and nothing is being traced."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+NO_SECOND_DERIVATIVE = (
+    "loss max-pooling has no second derivative: the weights w* are held constant in its gradient "
+    "(Rota Bulò et al. 2017, Section 4), so differentiating that gradient again would be wrong"
+)
 
 
-def options(
-    p: float | Tensor, ratio: float | Tensor, scope: str, reduction: str, group: object, device: torch.device | None
-) -> None:
+class _Once(torch.autograd.Function):
+    """The identity on a gradient, whose own gradient is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *others: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+
+def refuse_second_derivative(grad: Tensor, *sources: Tensor) -> Tensor:
+    """The gradient as it is; under create_graph=True, tied to its sources so that differentiating it raises."""
+    return _Once.apply(grad, *sources) if torch.is_grad_enabled() else grad
+
+
+def pool(options: Pool, device: torch.device | None) -> None:
     """The options that every entry point shares; device None (a module) leaves out where tensors are."""
     for name, value, fits, must in (
-        ("p", p, lambda x: x >= 1, "at least 1"),
-        ("ratio", ratio, lambda x: 0 < x <= 1, "in (0, 1]"),
+        ("p", options.p, lambda x: x >= 1, "at least 1"),
+        ("ratio", options.ratio, lambda x: 0 < x <= 1, "in (0, 1]"),
     ):
         if isinstance(value, Tensor):
             if value.ndim or not value.is_floating_point():
@@ -65,12 +83,12 @@ def options(
             raise TypeError(f"{name} must be a float or a 0-dim tensor, got {type(value).__name__}")
         if not fits(value):
             raise ValueError(f"{name} must be {must}, got {float(value)}")
-    if scope not in SCOPES:
-        raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    if group is not None:
-        process_group(group, scope)
+    if options.scope not in SCOPES:
+        raise ValueError(f"scope must be one of {SCOPES}, got {options.scope!r}")
+    if options.reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {options.reduction!r}")
+    if options.group is not None:
+        process_group(options.group, options.scope)
 
 
 def process_group(group: object, scope: str) -> None:
@@ -87,8 +105,9 @@ def process_group(group: object, scope: str) -> None:
         raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
 
 
-def cross_entropy_options(weight: Tensor | None, ignore_index: int, label_smoothing: float) -> None:
+def cross_entropy(options: CrossEntropy) -> None:
     """The options that go into the pixel losses."""
+    weight, ignore_index, label_smoothing, _ = options
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -103,7 +122,7 @@ def cross_entropy_options(weight: Tensor | None, ignore_index: int, label_smooth
         raise ValueError(f"weight must not be negative, got {weight.min().item()} for class {int(weight.argmin())}")
 
 
-def logits_and_target(logits: Tensor, target: Tensor, weight: Tensor | None, scope: str) -> None:
+def logits_and_target(logits: Tensor, target: Tensor, options: CrossEntropy, scope: str) -> None:
     """Shapes, types and devices of the tensors of `loss_max_pooling`."""
     if logits.dtype not in LOSS_DTYPES:
         raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
@@ -126,6 +145,7 @@ def logits_and_target(logits: Tensor, target: Tensor, weight: Tensor | None, sco
             f"target must have shape (N, *spatial) = {expected} for logits {tuple(logits.shape)}, "
             f"got {tuple(target.shape)}"
         )
+    weight = options.weight
     for name, tensor in (("target", target), ("weight", weight)):
         if tensor is not None and tensor.device != logits.device:
             raise ValueError(f"{name} is on {tensor.device}, but logits are on {logits.device}")
@@ -138,9 +158,9 @@ def labels(target: Tensor, classes: int, ignore_index: int, check_targets: bool)
 
     Always on the CPU; on a GPU only on request, since it is a host sync there.
     """
-    if torch.compiler.is_compiling() or not target.numel():
+    if settings.traced(target) or not target.numel():
         return
-    if not (on_host(target) or check_targets or os.environ.get(VARIABLE) == "1"):
+    if not (on_host(target) or check_targets or settings.check_targets()):
         return
     lowest, highest = (int(x) for x in target.aminmax())
     if lowest >= 0 and highest < classes:

@@ -45,7 +45,7 @@ def info(options: argparse.Namespace) -> int:
     """Print what would serve a call, and why not Triton where it would not."""
     import torch
 
-    from . import dispatch
+    from . import dispatch, settings
 
     print(f"lmp-triton {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("torch", "triton", "numpy"):
@@ -59,7 +59,7 @@ def info(options: argparse.Namespace) -> int:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         reason = dispatch.obstacle(logits)
         print(f"{device} ({name}): {dispatch.choose(logits)}" + (f"; not triton: {reason}" if reason else ""))
-    if dispatch.has_triton():
+    if settings.has_triton():
         from .kernels import configs
 
         for device in devices:
@@ -69,8 +69,8 @@ def info(options: argparse.Namespace) -> int:
                 print(f"  {classes} classes: {configs.pixel_config(table, classes)}")
             for name in ("rows", "stream", "select", "sort"):
                 print(f"  {name}: {getattr(table, name)}")
-        asked = dispatch.cooperative()
-        print(f"cooperative launches ({dispatch.COOPERATIVE_VARIABLE}): {asked or 'none, the default'}")
+        asked = settings.cooperative()
+        print(f"cooperative launches ({settings.COOPERATIVE}): {asked or 'none, the default'}")
     return 0
 
 

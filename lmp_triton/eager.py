@@ -1,7 +1,7 @@
 """The backend in plain PyTorch: any device, no host sync, no data-dependent shape or branch.
 
 It is the fallback where Triton does not run, the path for float64, and the second opinion the kernels are compared
-with. Each function is one stage; `lmp_triton.autograd` strings them together, the same way for every backend.
+with. The stages are those of `types.Backend`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .types import IGNORED, UNIFORM_PIVOT, PixelLosses, Pooling
+from .settings import on_host
+from .types import IGNORED, STEP, TAU, UNIFORM_PIVOT, CrossEntropy, PixelLosses, Pool, Pooling, segments_of
 
 LOG2E = 1.4426950408889634
 
@@ -44,14 +45,9 @@ def _real(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _on_host(x: Tensor) -> bool:
-    """Whether values may be looked at: not on another device (a sync), not while a graph is traced."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _chunks(x: Tensor, elements: int = CHUNK_ELEMENTS) -> int:
     """Into how many slices along the pixels, the last dimension, a pass over x is cut."""
-    return max(1, min(x.shape[-1], x.numel() // elements)) if _on_host(x) else 1
+    return max(1, min(x.shape[-1], x.numel() // elements)) if on_host(x) else 1
 
 
 def _slices(x: Tensor, n_chunks: int) -> tuple[Tensor, ...]:
@@ -81,37 +77,22 @@ def _exp_(x: Tensor) -> Tensor:
 # --- stage one: pixel losses --------------------------------------------------------------------------------------
 
 
-def softmax_losses(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    segments: int,
-) -> PixelLosses:
-    """ℓ = cross-entropy of each pixel, as `F.cross_entropy(reduction="none")` with the same options.
-
-    Args:
-        logits: (N, C, *spatial), floating.
-        target: (N, *spatial), integer. A label outside [0, C) that is not `ignore_index` gives a NaN loss.
-        weight: (C,) or None.
-        segments: unused here; the kernels need it.
-    """
+def softmax_losses(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, scope: str) -> PixelLosses:
+    """See `types.Backend`; scope is for the kernels."""
     logits, target = logits.flatten(2), target.flatten(1)
     n_chunks = _chunks(logits)
     slices = zip(_slices(logits, n_chunks), _slices(target, n_chunks), strict=True)
-    parts = [_softmax_losses(x, y, weight, ignore_index, label_smoothing) for x, y in slices]
+    parts = [_softmax_losses(x, y, cross_entropy) for x, y in slices]
     losses, labels = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
     return PixelLosses(losses, (labels,))
 
 
-def _softmax_losses(
-    x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
+def _softmax_losses(x: Tensor, target: Tensor, cross_entropy: CrossEntropy) -> tuple[Tensor, Tensor]:
     """The losses of a slice of pixels and their labels, inside [0, C): each (N, L)."""
+    weight, label_smoothing = cross_entropy.weight, cross_entropy.label_smoothing
     classes = x.shape[1]
     label = target.long()
-    valid = label != ignore_index
+    valid = label != cross_entropy.ignore_index
     good = (label >= 0) & (label < classes)
     label = label.clamp(0, classes - 1)
 
@@ -127,8 +108,8 @@ def _softmax_losses(
     return _mark(losses, good, valid), label.to(narrow)
 
 
-def marked_losses(losses: Tensor, mask: Tensor | None, segments: int) -> PixelLosses:
-    """A user's own losses (N, L) in the form the solver takes; mask (N, L): True where valid."""
+def marked_losses(losses: Tensor, mask: Tensor | None, scope: str) -> PixelLosses:
+    """See `types.Backend`; scope is for the kernels."""
     losses = losses.to(_real(losses))
     everywhere = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
     # As rows they are viewed as segments: where() keeps the layout of a transposed view.
@@ -144,15 +125,7 @@ def _mark(losses: Tensor, good: Tensor, valid: Tensor) -> Tensor:
 # --- stage two: the pivot, α* and the loss ------------------------------------------------------------------------
 
 
-def solve(
-    pixels: PixelLosses,
-    p: float | Tensor,
-    ratio: float | Tensor,
-    segments: int,
-    reduction: str,
-    solver: str = "auto",
-    group: Any = None,
-) -> Pooling:
+def solve(pixels: PixelLosses, pool: Pool) -> Pooling:
     """Find α* of each segment and with it the pooled loss (equations 9 and 10).
 
     With f(t) = |{ℓ > t}| + Σ_{ℓ ≤ t} (ℓ/t)^q − m, which falls as t grows, α* is the largest root of f, and the pivot
@@ -163,12 +136,14 @@ def solve(
     With a process group the sums are over all its ranks, in one collective before the rounds, one a round and one after
     them; the solution is the same on every rank. Ranks without a pixel take part.
 
-    solver is unused here: it chooses among kernels.
+    pool.solver is unused here: it chooses among kernels.
     """
-    losses = pixels.losses.view(segments, -1)
+    group = pool.group
+    losses = pixels.losses.view(segments_of(pixels.losses.shape[0], pool.scope), -1)
     dtype, wide = losses.dtype, _wide(losses.device)
     p, ratio = (
-        x.to(wide) if isinstance(x, Tensor) else torch.full((), x, dtype=wide, device=losses.device) for x in (p, ratio)
+        x.to(wide) if isinstance(x, Tensor) else torch.full((), x, dtype=wide, device=losses.device)
+        for x in (pool.p, pool.ratio)
     )
     q = torch.where(p == torch.inf, 1.0, p / (p - 1)).clamp_max(Q_CAP[dtype])
     exponent = (1 / (p - 1)).clamp_max(Q_CAP[dtype])
@@ -203,13 +178,13 @@ def solve(
 
     loss, alpha, tau, drop = (torch.where(poisoned, torch.nan, x).to(dtype) for x in (loss, alpha, tau, drop))
     step = tau
-    if reduction == "mean":
+    if pool.reduction == "mean":
         scale = (valid > 0).to(wide) / (valid > 0).sum().clamp_min(1)
         value, step = (loss * scale).sum().to(dtype), tau * scale.to(dtype)
     else:
-        value = loss.sum() if reduction == "sum" else loss
+        value = loss.sum() if pool.reduction == "sum" else loss
     solution = torch.stack([alpha, tau, pivot, drop, step, exponent.to(dtype).expand_as(tau)])
-    return Pooling(loss, value, solution, torch.stack([valid, saturated]))
+    return Pooling(value, solution, torch.stack([valid, saturated]))
 
 
 def _fixed_point(length: int | Tensor, device: torch.device, wide: torch.dtype) -> float | Tensor:
@@ -279,7 +254,7 @@ def _search(
         last = ((above + power_sum >= m.unsqueeze(1)).sum(1, keepdim=True) - 1).clamp_min(0)
         lo = lo + (last << shift).to(integer)
         above, power_sum = above.gather(1, last), power_sum.gather(1, last)
-        if _on_host(losses):  # elsewhere the shapes stay, and the losses outside the bracket are counted once more
+        if on_host(losses):  # elsewhere the shapes stay, and the losses outside the bracket are counted once more
             inside = (x.view(integer) - (lo[row, 0] + 1)) >> shift == 0
             x, row = x[inside], row.expand_as(x)[inside]
     return lo.squeeze(1).view(losses.dtype), above.squeeze(1), power_sum.squeeze(1)
@@ -301,21 +276,16 @@ def _scan(sums: Tensor, edges: Tensor, q: Tensor) -> Tensor:
     return sums
 
 
-def pool_logits(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    p: float | Tensor,
-    ratio: float | Tensor,
-    segments: int,
-    reduction: str,
-    solver: str = "auto",
-) -> tuple[PixelLosses, Pooling]:
-    """`softmax_losses` and `solve`."""
-    pixels = softmax_losses(logits, target, weight, ignore_index, label_smoothing, segments)
-    return pixels, solve(pixels, p, ratio, segments, reduction, solver)
+def pool_logits(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, pool: Pool) -> tuple[PixelLosses, Pooling]:
+    """See `types.Backend`."""
+    pixels = softmax_losses(logits, target, cross_entropy, pool.scope)
+    return pixels, solve(pixels, pool)
+
+
+def pool_losses(losses: Tensor, mask: Tensor | None, pool: Pool) -> tuple[PixelLosses, Pooling]:
+    """See `types.Backend`."""
+    pixels = marked_losses(losses, mask, pool.scope)
+    return pixels, solve(pixels, pool)
 
 
 # --- stage three: weights and gradients ---------------------------------------------------------------------------
@@ -334,21 +304,14 @@ def relative_weights(losses: Tensor, solution: Tensor) -> Tensor:
 
 
 def total_weight(pixels: PixelLosses, solution: Tensor) -> Tensor:
-    """Σ w* of every segment, (S,)."""
-    losses, tau = pixels.losses.view(solution.shape[1], -1), solution[1]
+    """See `types.Backend`."""
+    losses, tau = pixels.losses.view(solution.shape[1], -1), solution[TAU]
     return (relative_weights(losses, solution).sum(1, dtype=_wide(losses.device)) * tau).to(tau.dtype)
 
 
 def pixel_weights(pixels: PixelLosses, solution: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
-    """w*·∂value/∂loss_s·grad_output of every pixel, (N, L), rounded once to `dtype`.
-
-    NaN on the valid pixels of a poisoned segment, 0 on ignored pixels.
-
-    Args:
-        solution: (6, S), see `types.SOLUTION_ROWS`.
-        grad_output: (S,) or ().
-    """
-    losses, step = pixels.losses.view(solution.shape[1], -1), solution[4].unsqueeze(1)
+    """See `types.Backend`."""
+    losses, step = pixels.losses.view(solution.shape[1], -1), solution[STEP].unsqueeze(1)
     scale = step * grad_output.view(-1, 1)
     out = torch.empty_like(losses, dtype=dtype)
     n_chunks = _chunks(losses, CHUNK_LOSSES)
@@ -359,17 +322,10 @@ def pixel_weights(pixels: PixelLosses, solution: Tensor, grad_output: Tensor, dt
 
 
 def logits_gradient(
-    logits: Tensor,
-    pixels: PixelLosses,
-    solution: Tensor,
-    grad_output: Tensor,
-    weight: Tensor | None,
-    label_smoothing: float,
+    logits: Tensor, pixels: PixelLosses, solution: Tensor, grad_output: Tensor, cross_entropy: CrossEntropy
 ) -> Tensor:
-    """∂value/∂logits·grad_output, (N, C, *spatial), in the layout of the logits, rounded once to their type.
-
-    ∂ℓ/∂x_c = a·softmax_c − (1−ε)·v_y·[c = y] − (ε/C)·v_c with a = (1−ε)·v_y + (ε/C)·Σ_k v_k.
-    """
+    """See `types.Backend`."""
+    weight, label_smoothing = cross_entropy.weight, cross_entropy.label_smoothing
     shape, logits = logits.shape, logits.flatten(2)
     (labels,) = pixels.saved
     classes, n_chunks, dtype = logits.shape[1], _chunks(logits), pixels.losses.dtype

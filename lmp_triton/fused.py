@@ -1,4 +1,4 @@
-"""The Triton backend: the stages of `lmp_triton.eager`, each one launch. Allocates, then calls `lmp_triton.kernels`.
+"""The Triton backend: the stages of `types.Backend`, each one launch. Allocates, then calls `lmp_triton.kernels`.
 
 Launches of one call, the zeroing of the workspace included:
 
@@ -19,13 +19,14 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from . import dispatch
-from .kernels import configs, cross_entropy, forward, gradient, select, sort, weights, workspace
+from . import settings
+from .kernels import configs, forward, gradient, select, sort, weights, workspace
+from .kernels import cross_entropy as softmax
 from .kernels import losses as own_losses
 from .kernels.launch import TooLarge
-from .kernels.layout import LEVELS, layout_of
+from .kernels.layout import layout_of
 from .kernels.solution import parameters
-from .types import SOLUTION_ROWS, PixelLosses, Pooling
+from .types import COUNT_ROWS, SOLUTION_ROWS, STEP, TAU, CrossEntropy, PixelLosses, Pool, Pooling, segments_of
 
 P = ParamSpec("P")
 X = TypeVar("X", Tensor, PixelLosses)
@@ -48,153 +49,172 @@ def _workspace(segments: int, device: torch.device) -> Tensor:
 
 
 @_on_its_device
-def softmax_losses(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    segments: int,
-) -> PixelLosses:
-    """See `eager.softmax_losses`; logits (N, C, *spatial) float16, bfloat16 or float32, target (N, *spatial)."""
+def softmax_losses(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, scope: str) -> PixelLosses:
+    """See `types.Backend`; logits float16, bfloat16 or float32."""
     target = _walkable(target, logits)
     table = configs.table(logits.device)
-    statistics = _workspace(segments, logits.device)
-    pixel_losses, labels, nll = pixel_buffers(logits, table, weight is None and not label_smoothing)
-    cross_entropy.softmax_losses(
-        logits, target, weight, ignore_index, label_smoothing, pixel_losses, labels, nll, statistics, table
+    statistics = _workspace(segments_of(logits.shape[0], scope), logits.device)
+    pixel_losses, labels, nll = pixel_buffers(logits, cross_entropy)
+    softmax.softmax_losses(
+        logits,
+        target,
+        cross_entropy.weight,
+        cross_entropy.ignore_index,
+        cross_entropy.label_smoothing,
+        pixel_losses,
+        labels,
+        nll,
+        statistics,
+        table,
     )
     return PixelLosses(pixel_losses, (labels,) if nll is None else (labels, nll), statistics)
 
 
 def _walkable(target: Tensor, logits: Tensor) -> Tensor:
     """The target, copied if it and the logits together step through memory in more ways than a kernel walks."""
-    return target if len(layout_of(logits, target).sizes) <= LEVELS else target.contiguous()
+    return target if len(layout_of(logits, target).sizes) <= settings.MAX_LEVELS else target.contiguous()
 
 
-def pixel_buffers(logits: Tensor, table: configs.Table, plain: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def pixel_buffers(logits: Tensor, cross_entropy: CrossEntropy) -> tuple[Tensor, Tensor, Tensor | None]:
     """losses, labels, and nll if the gradient needs it. Also what `lmp_triton.operators` tells a compiler.
 
     With all classes in registers the gradient kernel needs no help; otherwise −log softmax, which is the loss itself
-    (plain) unless class weights or smoothing change it.
+    unless class weights or smoothing change it.
     """
+    table = configs.table(logits.device)
     images, classes, *spatial = logits.shape
     classes = int(classes)  # a symbol where shapes are traced: C is a constant of the graph
     pixel_losses = torch.empty(images, math.prod(spatial), dtype=torch.float32, device=logits.device)
     labels = torch.empty_like(pixel_losses, dtype=torch.uint8 if classes <= 256 else torch.int16)
-    whole = table.rows.above if cross_entropy.classes_adjacent(logits) else configs.pixel_config(table, classes).chunk
+    whole = table.rows.above if softmax.classes_adjacent(logits) else configs.pixel_config(table, classes).chunk
+    plain = cross_entropy.weight is None and not cross_entropy.label_smoothing
     nll = torch.empty_like(pixel_losses) if classes > whole and not plain else None
     return pixel_losses, labels, nll
 
 
 @_on_its_device
-def marked_losses(values: Tensor, mask: Tensor | None, segments: int) -> PixelLosses:
-    """See `eager.marked_losses`."""
-    statistics = _workspace(segments, values.device)
-    pixel_losses = torch.empty(values.shape, dtype=torch.float32, device=values.device)
-    own_losses.mark_losses(values, mask, pixel_losses, statistics, configs.table(values.device).stream)
+def marked_losses(losses: Tensor, mask: Tensor | None, scope: str) -> PixelLosses:
+    """See `types.Backend`."""
+    statistics = _workspace(segments_of(losses.shape[0], scope), losses.device)
+    pixel_losses = torch.empty(losses.shape, dtype=torch.float32, device=losses.device)
+    own_losses.mark_losses(losses, mask, pixel_losses, statistics, configs.table(losses.device).stream)
     return PixelLosses(pixel_losses, (), statistics)
 
 
 @_on_its_device
-def solve(
-    pixels: PixelLosses, p: float | Tensor, ratio: float | Tensor, segments: int, reduction: str, solver: str = "auto"
-) -> Pooling:
-    """See `eager.solve`; solver: "sort", "select", or "auto" for the one the table says."""
-    device = pixels.losses.device
-    table = configs.table(device)
-    assert pixels.statistics is not None
-    losses = pixels.losses.view(segments, -1)
-    length = losses.shape[1]
-    pooling = pooling_buffers(segments, reduction, device)
-    rest = (pixels.statistics, pooling.solution, pooling.loss, pooling.counts, pooling.value)
-    options = (parameters(p, ratio), reduction)
-    if configs.solver_for(length, solver, table.sort) == "sort":
-        runs = -(-length // table.sort.run)
-        scratch = torch.empty(1 if runs == 1 else 3, segments * runs * table.sort.run, dtype=torch.int32, device=device)
-        sort.sort(losses, scratch, *rest, *options, table.sort)
-        return pooling
-    short_list = _short_list(segments, length, table.select, device)
-    if dispatch.cooperative():
-        with contextlib.suppress(TooLarge):
-            select.select(losses, short_list, *rest, *options, table.select, cooperative=True)
-            return pooling
-    select.select(losses, short_list, *rest, *options, table.select)
+def solve(pixels: PixelLosses, pool: Pool) -> Pooling:
+    """Find α* of each segment and with it the pooled loss (equations 9 and 10)."""
+    losses, statistics = pixels.losses.view(segments_of(pixels.losses.shape[0], pool.scope), -1), pixels.statistics
+    assert statistics is not None
+    table = configs.table(losses.device)
+    loss, pooling = pooling_buffers(len(losses), pool.reduction, losses.device)
+    which = configs.solver_for(losses.shape[1], pool.solver, table.sort)
+    SOLVERS[which](losses, statistics, loss, pooling, pool, table)
     return pooling
+
+
+def _sort(losses: Tensor, statistics: Tensor, loss: Tensor, pooling: Pooling, pool: Pool, table: configs.Table) -> None:
+    """Sort runs of losses, then search them."""
+    runs = -(-losses.shape[1] // table.sort.run)
+    width = losses.shape[0] * runs * table.sort.run
+    scratch = torch.empty(1 if runs == 1 else 3, width, dtype=torch.int32, device=losses.device)
+    sort.sort(
+        losses,
+        scratch,
+        statistics,
+        pooling.solution,
+        loss,
+        pooling.counts,
+        pooling.value,
+        parameters(pool.p, pool.ratio),
+        pool.reduction,
+        table.sort,
+    )
+
+
+def _select(
+    losses: Tensor, statistics: Tensor, loss: Tensor, pooling: Pooling, pool: Pool, table: configs.Table
+) -> None:
+    """Narrow a bracket around the threshold."""
+    run = functools.partial(
+        select.select,
+        losses,
+        _short_list(losses.shape[0], losses.shape[1], table.select, losses.device),
+        statistics,
+        pooling.solution,
+        loss,
+        pooling.counts,
+        pooling.value,
+        parameters(pool.p, pool.ratio),
+        pool.reduction,
+        table.select,
+    )
+    if settings.cooperative():
+        with contextlib.suppress(TooLarge):
+            run(cooperative=True)
+            return
+    run()
+
+
+SOLVERS = {"sort": _sort, "select": _select}
+"""What `configs.solver_for` names."""
 
 
 def _short_list(segments: int, length: int, config: configs.SelectConfig, device: torch.device) -> Tensor:
     return torch.empty(segments, min(config.capacity, length), dtype=torch.float32, device=device)
 
 
-def pooling_buffers(segments: int, reduction: str, device: torch.device) -> Pooling:
-    """Also what `lmp_triton.operators` tells a compiler."""
+def pooling_buffers(segments: int, reduction: str, device: torch.device) -> tuple[Tensor, Pooling]:
+    """The loss of each segment, and the solution. Also what `lmp_triton.operators` tells a compiler."""
     solution = torch.empty(len(SOLUTION_ROWS), segments, dtype=torch.float32, device=device)
     loss = torch.empty(segments, dtype=torch.float32, device=device)
-    counts = torch.empty(2, segments, dtype=torch.int64, device=device)
+    counts = torch.empty(len(COUNT_ROWS), segments, dtype=torch.int64, device=device)
     value = loss if reduction == "none" else torch.empty((), dtype=torch.float32, device=device)
-    return Pooling(loss, value, solution, counts)
+    return loss, Pooling(value, solution, counts)
 
 
-def pool_logits(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    p: float | Tensor,
-    ratio: float | Tensor,
-    segments: int,
-    reduction: str,
-    solver: str = "auto",
-) -> tuple[PixelLosses, Pooling]:
-    """`softmax_losses` and `solve`: two launches or more, or one cooperative one where that is asked for."""
-    if dispatch.cooperative() == "forward":
-        length = target.numel() // segments
-        if configs.solver_for(length, solver, configs.table(logits.device).sort) == "select":
+def pool_logits(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, pool: Pool) -> tuple[PixelLosses, Pooling]:
+    """See `types.Backend`: two launches or more, or one cooperative one where that is asked for."""
+    if settings.cooperative() == "forward":
+        length = target.numel() // segments_of(logits.shape[0], pool.scope)
+        if configs.solver_for(length, pool.solver, configs.table(logits.device).sort) == "select":
             with contextlib.suppress(TooLarge):
-                return _forward(
-                    logits, target, weight, ignore_index, label_smoothing, p, ratio, segments, reduction, length
-                )
-    pixels = softmax_losses(logits, target, weight, ignore_index, label_smoothing, segments)
-    return pixels, solve(pixels, p, ratio, segments, reduction, solver)
+                return _forward(logits, target, cross_entropy, pool)
+    pixels = softmax_losses(logits, target, cross_entropy, pool.scope)
+    return pixels, solve(pixels, pool)
+
+
+def pool_losses(losses: Tensor, mask: Tensor | None, pool: Pool) -> tuple[PixelLosses, Pooling]:
+    """See `types.Backend`."""
+    pixels = marked_losses(losses, mask, pool.scope)
+    return pixels, solve(pixels, pool)
 
 
 @_on_its_device
-def _forward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    p: float | Tensor,
-    ratio: float | Tensor,
-    segments: int,
-    reduction: str,
-    length: int,
-) -> tuple[PixelLosses, Pooling]:
+def _forward(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, pool: Pool) -> tuple[PixelLosses, Pooling]:
     target = _walkable(target, logits)
     table = configs.table(logits.device)
+    segments = segments_of(logits.shape[0], pool.scope)
     statistics = _workspace(segments, logits.device)
-    pixel_losses, labels, nll = pixel_buffers(logits, table, weight is None and not label_smoothing)
-    pooling = pooling_buffers(segments, reduction, logits.device)
+    pixel_losses, labels, nll = pixel_buffers(logits, cross_entropy)
+    loss, pooling = pooling_buffers(segments, pool.reduction, logits.device)
     forward.forward(
         logits,
         target,
-        weight,
-        ignore_index,
-        label_smoothing,
+        cross_entropy.weight,
+        cross_entropy.ignore_index,
+        cross_entropy.label_smoothing,
         pixel_losses,
         labels,
         nll,
-        _short_list(segments, length, table.select, logits.device),
+        _short_list(segments, target.numel() // segments, table.select, logits.device),
         statistics,
         pooling.solution,
-        pooling.loss,
+        loss,
         pooling.counts,
         pooling.value,
-        parameters(p, ratio),
-        reduction,
+        parameters(pool.p, pool.ratio),
+        pool.reduction,
         table,
     )
     return PixelLosses(pixel_losses, (labels,) if nll is None else (labels, nll), statistics), pooling
@@ -202,17 +222,17 @@ def _forward(
 
 @_on_its_device
 def total_weight(pixels: PixelLosses, solution: Tensor) -> Tensor:
-    """See `eager.total_weight`."""
+    """See `types.Backend`."""
     segments, device = solution.shape[1], solution.device
     rows = pixels.losses.view(segments, -1)
     totals = torch.zeros(segments, dtype=torch.int64, device=device)
-    weights.pixel_weights(rows, solution, solution[4], None, totals, configs.table(device).stream)
-    return (totals.double() * 2.0 ** -configs.fraction_bits(rows.shape[1]) * solution[1]).float()
+    weights.pixel_weights(rows, solution, solution[STEP], None, totals, configs.table(device).stream)
+    return (totals.double() * 2.0 ** -configs.fraction_bits(rows.shape[1]) * solution[TAU]).float()
 
 
 @_on_its_device
 def pixel_weights(pixels: PixelLosses, solution: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
-    """See `eager.pixel_weights`."""
+    """See `types.Backend`."""
     out = torch.empty_like(pixels.losses, dtype=dtype)
     rows, stream = pixels.losses.view(solution.shape[1], -1), configs.table(out.device).stream
     weights.pixel_weights(rows, solution, grad_output, out.view_as(rows), None, stream)
@@ -221,14 +241,9 @@ def pixel_weights(pixels: PixelLosses, solution: Tensor, grad_output: Tensor, dt
 
 @_on_its_device
 def logits_gradient(
-    logits: Tensor,
-    pixels: PixelLosses,
-    solution: Tensor,
-    grad_output: Tensor,
-    weight: Tensor | None,
-    label_smoothing: float,
+    logits: Tensor, pixels: PixelLosses, solution: Tensor, grad_output: Tensor, cross_entropy: CrossEntropy
 ) -> Tensor:
-    """See `eager.logits_gradient`; logits (N, C, *spatial)."""
+    """See `types.Backend`."""
     grad = gradient_buffer(logits)
     labels, *rest = pixels.saved
     gradient.logits_gradient(
@@ -236,8 +251,8 @@ def logits_gradient(
         pixels.losses,
         labels,
         rest[0] if rest else pixels.losses,
-        weight,
-        label_smoothing,
+        cross_entropy.weight,
+        cross_entropy.label_smoothing,
         solution,
         grad_output,
         grad,
@@ -249,8 +264,8 @@ def logits_gradient(
 def gradient_buffer(logits: Tensor) -> Tensor:
     """Of the layout of the logits, where that is dense. Also what `lmp_triton.operators` tells a compiler."""
     grad = torch.empty_like(logits)
-    rows = cross_entropy.classes_adjacent(logits)
-    if (rows and not cross_entropy.classes_adjacent(grad)) or len(layout_of(logits, grad).sizes) > LEVELS:
+    rows = softmax.classes_adjacent(logits)
+    if (rows and not softmax.classes_adjacent(grad)) or len(layout_of(logits, grad).sizes) > settings.MAX_LEVELS:
         # Expanded logits, say.
         images, classes, *spatial = logits.shape
         grad = torch.empty(images, *spatial, classes, dtype=logits.dtype, device=logits.device).movedim(-1, 1)

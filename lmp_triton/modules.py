@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .api import loss_max_pooling
-from .types import PoolingStats
+from .types import CrossEntropy, Pool, PoolingStats
 
 
 class LossMaxPooling(nn.Module):
@@ -44,8 +44,9 @@ class LossMaxPooling(nn.Module):
         check_targets: bool = False,
     ) -> None:
         super().__init__()
-        checks.options(p, ratio, scope, reduction, group, None)
-        checks.cross_entropy_options(weight if weight is None else weight.detach().cpu(), ignore_index, label_smoothing)
+        checks.pool(Pool(p, ratio, scope, reduction, solver, group), None)
+        on_cpu = None if weight is None else weight.detach().cpu()
+        checks.cross_entropy(CrossEntropy(on_cpu, ignore_index, label_smoothing))
         self.register_buffer("weight", weight if weight is None else torch.as_tensor(weight).detach())
         self.p = p
         self.ratio = ratio

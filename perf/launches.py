@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lmp_triton
-from lmp_triton import dispatch
+from lmp_triton import settings
 
 SHAPES = {
     "16x19x40x40 (1600 pixels an image)": (16, 19, 40, 40),
@@ -57,7 +57,7 @@ def launches(gpu: StandIn) -> list[dict[str, object]]:
     """One row a shape and pipeline."""
     rows: list[dict[str, object]] = []
     for shape_name, shape in SHAPES.items():
-        for name in dispatch.COOPERATIVE:
+        for name in settings.WAYS:
             logits, target = inputs(shape)
             gpu.launches.clear()
             with asking(name), Memsets() as memsets:

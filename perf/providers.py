@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lmp_triton
-from lmp_triton import dispatch, reference
+from lmp_triton import reference, settings
 
 from .workloads import Losses, Workload
 
@@ -43,13 +43,13 @@ class Provider(NamedTuple):
 
 @contextlib.contextmanager
 def asking(cooperative: str) -> Iterator[None]:
-    """`dispatch.COOPERATIVE_VARIABLE` for a while."""
-    before = os.environ.get(dispatch.COOPERATIVE_VARIABLE, "")
-    os.environ[dispatch.COOPERATIVE_VARIABLE] = cooperative
+    """`settings.COOPERATIVE` for a while."""
+    before = os.environ.get(settings.COOPERATIVE, "")
+    os.environ[settings.COOPERATIVE] = cooperative
     try:
         yield
     finally:
-        os.environ[dispatch.COOPERATIVE_VARIABLE] = before
+        os.environ[settings.COOPERATIVE] = before
 
 
 def ours(

@@ -28,9 +28,10 @@ def steps(n: int, p: float, name: str, losses: Tensor, solver: str) -> dict[str,
     from lmp_triton.kernels import configs, workspace
 
     from lmp_triton import fused, reference
+    from lmp_triton.types import Pool
 
-    pixels = fused.marked_losses(losses.unsqueeze(0), None, 1)
-    value = fused.solve(pixels, p, RATIO, 1, "none", solver).value.item()
+    pixels, pooling = fused.pool_losses(losses.unsqueeze(0), None, Pool(p, RATIO, reduction="none", solver=solver))
+    value = pooling.value.item()
     expected = reference.solve(losses.double().cpu().numpy(), reference.support(n, RATIO), p).loss
     assert abs(value - expected) <= 2e-6 * expected, (n, p, name, solver, value, expected)
     assert pixels.statistics is not None

@@ -20,7 +20,7 @@ from lmp_triton.kernels import configs, launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lmp_triton import checks, dispatch
+from lmp_triton import checks, settings
 
 from .compiled import resources
 
@@ -65,7 +65,7 @@ class StandIn(contextlib.ExitStack):
         self.enter_context(mock.patch.object(launch, "multiprocessors", lambda device: self.multiprocessors))
         self.enter_context(mock.patch.object(configs, "multiprocessors", lambda device: self.multiprocessors))
         self.enter_context(mock.patch.object(configs, "table", lambda device: configs.table_for(self.target.arch)))
-        self.enter_context(mock.patch.object(dispatch, "interpreting", lambda: True))
+        self.enter_context(mock.patch.object(settings, "interpreting", lambda: True))
         self.enter_context(mock.patch.object(checks, "on_host", lambda tensor: False))  # nothing was computed
         return self
 

@@ -23,7 +23,7 @@ from lmp_triton.perf.providers import asking
 from torch import Tensor
 
 import lmp_triton
-from lmp_triton import dispatch, reference
+from lmp_triton import reference, settings
 
 CASES = (
     # n, segments: one run; many runs and no pass; one pass; two passes
@@ -142,7 +142,7 @@ def run_cooperative(seconds: float) -> int:
             target = torch.randint(classes, (images, pixels), generator=generator, device=device)
             for p in PS:
                 expected = None
-                for way in (*dispatch.COOPERATIVE, *dispatch.COOPERATIVE[1:] * 5):
+                for way in (*settings.WAYS, *settings.WAYS[1:] * 5):
                     doing = f"{(images, classes, pixels)} {scope} p={p} cooperative={way}"
                     x = logits.detach().requires_grad_()
                     with torch.cuda.stream(busy):

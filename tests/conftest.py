@@ -16,7 +16,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from support import CUDA, SOLVERS, configure  # noqa: E402
 
-from lmp_triton import dispatch  # noqa: E402
+from lmp_triton import settings  # noqa: E402
 
 torch.backends.cudnn.allow_tf32 = False  # what goes into the loss is compared in float32
 torch.set_num_threads(1)  # the shapes are small, and pytest-xdist uses the cores
@@ -26,7 +26,7 @@ torch.compile(torch.neg, backend="eager")(torch.ones(1))
 torch._dynamo.reset()
 
 
-if not CUDA and dispatch.has_triton():
+if not CUDA and settings.has_triton():
     import interpreter
 
     interpreter.speed_up()
@@ -35,7 +35,7 @@ if not CUDA and dispatch.has_triton():
 def pytest_collection_modifyitems(items):
     for item in items:
         params = set(map(str, item.callspec.params.values())) if hasattr(item, "callspec") else set()
-        if not dispatch.has_triton() and params & {"triton", *SOLVERS} - {"eager"}:
+        if not settings.has_triton() and params & {"triton", *SOLVERS} - {"eager"}:
             item.add_marker(pytest.mark.skip(reason="Triton is not installed on this platform"))
 
 
@@ -52,7 +52,7 @@ def solver(request, monkeypatch):
     if not CUDA:  # there, block sizes are what they are in use
         configure(monkeypatch, **SOLVERS[request.param])
     if "cooperative" in request.param:
-        monkeypatch.setenv(dispatch.COOPERATIVE_VARIABLE, "solve")
+        monkeypatch.setenv(settings.COOPERATIVE, "solve")
     return {"backend": "triton", "solver": request.param.split(",")[0]}
 
 

@@ -8,7 +8,7 @@ import torch
 from support import CUDA, labelled
 
 import lmp_triton
-from lmp_triton import dispatch
+from lmp_triton import settings
 
 pytestmark = pytest.mark.traced
 BACKENDS = ["triton", pytest.param("eager", marks=pytest.mark.slow)]
@@ -191,7 +191,7 @@ def test_inside_a_model_that_is_compiled_and_checkpointed(rng, backend, device):
 @pytest.mark.skipif(CUDA, reason="shows what happens to CPU tensors without the interpreter")
 def test_kernels_that_cannot_run_say_so(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(settings, "interpreting", lambda: False)
     logits, target = torch.randn(2, 3, 4), torch.zeros(2, 4, dtype=torch.long)
     compiled = torch.compile(lmp_triton.loss_max_pooling, fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="TRITON_INTERPRET=1 is not set"):
@@ -233,7 +233,8 @@ def test_export_of_the_kernels(rng, device, strict):
     pytest.importorskip("triton")
     module = Loss(backend="triton", ratio=torch.tensor(0.5)).to(device)
     program = torch.export.export(module, data(device), strict=strict)
-    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    graphs = [x.graph for x in program.graph_module.modules() if isinstance(x, torch.fx.GraphModule)]
+    names = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
     assert "lmp_triton.pool_logits.default" in names
     inputs = data(device)
     torch.testing.assert_close(program.module()(*inputs), module(*inputs), rtol=2e-6, atol=0)

@@ -16,6 +16,7 @@ from support import labelled
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lmp_triton
+from lmp_triton import settings
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")
 
@@ -85,7 +86,7 @@ def everything(rank, world, group):
     results = {}
     for name, (logits, target, options) in cases().items():
         for backend in ("eager", "triton") if "backend" not in options else ("eager",):
-            if backend == "triton" and not lmp_triton.dispatch.has_triton():
+            if backend == "triton" and not settings.has_triton():
                 continue
             share = shares(logits, world)[rank], shares(target, world)[rank]
             results[name, backend] = solve(*share, options, backend, group)
@@ -98,7 +99,8 @@ def everything(rank, world, group):
         with pytest.raises(ValueError, match="not a member"):
             lmp_triton.pool_losses(torch.ones(3), scope="batch", group=groups[1 - rank // 2])
     if world == 2:
-        results["compiled"] = compiled(rank, group)
+        for backend in ("eager", "triton") if settings.has_triton() else ("eager",):
+            results["compiled", backend] = compiled(rank, group, backend)
     return results
 
 
@@ -119,13 +121,15 @@ def data_parallel(rank, world, group):
     return [p.grad for p in network.module.parameters()]
 
 
-def compiled(rank, group):
+def compiled(rank, group, backend):
     """Loss and gradient of a compiled step."""
     logits, target, _ = cases()["plain"]
     x = shares(logits, 2)[rank].clone().requires_grad_()
 
     def step(x, target):
-        return lmp_triton.loss_max_pooling(x * 1.0, target, ignore_index=255, scope="batch", group=group)
+        return lmp_triton.loss_max_pooling(
+            x * 1.0, target, ignore_index=255, scope="batch", group=group, backend=backend
+        )
 
     loss = torch.compile(step, fullgraph=True, backend="aot_eager")(x, shares(target, 2)[rank])
     loss.backward()
@@ -192,7 +196,7 @@ def test_as_one_process(tmp_path, world):
     torch.multiprocessing.spawn(work, (world, str(tmp_path)), nprocs=world)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
 
-    for name, backend in (key for key in ranks[0] if isinstance(key, tuple)):
+    for name, backend in (key for key in ranks[0] if key[0] in all_cases):
         logits, target, options = all_cases[name]
         expected = solve(logits, target, options, backend)
         results = [r[name, backend] for r in ranks]
@@ -220,10 +224,11 @@ def test_as_one_process(tmp_path, world):
 
     if world == 2:
         for r in ranks:
-            with naming("compiled"):
-                loss, grad = r["compiled"]
-                torch.testing.assert_close(loss, r["plain", "eager"]["loss"][0], rtol=2e-6, atol=0)
-                torch.testing.assert_close(3 * grad, r["plain", "eager"]["grad"], rtol=1e-4, atol=1e-7)
+            for backend in ("eager", "triton") if settings.has_triton() else ("eager",):
+                with naming(f"compiled, {backend}"):
+                    loss, grad = r["compiled", backend]
+                    torch.testing.assert_close(loss, r["plain", "eager"]["loss"][0], rtol=2e-6, atol=0)
+                    torch.testing.assert_close(3 * grad, r["plain", "eager"]["grad"], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.slow
@@ -319,18 +324,10 @@ def test_errors(group):
         ({"group": dist.GroupMember.NON_GROUP_MEMBER}, ValueError, "not a member of"),
         ({"group": group, "solver": "sort", "backend": "triton"}, ValueError, 'with a group it must be "auto"'),
     ):
-        if options.get("backend") == "triton" and not lmp_triton.dispatch.has_triton():
+        if options.get("backend") == "triton" and not settings.has_triton():
             continue
         with pytest.raises(error, match=says):
             lmp_triton.pool_losses(losses[None], **{"scope": "batch", **options})
-
-
-def test_compiled_code_takes_the_eager_backend(group, monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    with pytest.raises(ValueError, match="with a group, compiled code takes the eager backend"):
-        lmp_triton.dispatch.choose(torch.ones(1, 3), "triton", segments=1, group=group)
-    assert lmp_triton.dispatch.choose(torch.ones(1, 3), segments=1, group=group) == "eager"
 
 
 def test_fixed_point():

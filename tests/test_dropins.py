@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from support import CUDA, labelled, oracle
 
 import lmp_triton
-from lmp_triton import dispatch
-from lmp_triton.dropins import DecodeHeadLoss, MaxPoolingLoss, MaxPoolingPixelSampler
+from lmp_triton import settings
 from lmp_triton.examples import fallback, registry
+from lmp_triton.integrations.dropins import DecodeHeadLoss, MaxPoolingLoss, MaxPoolingPixelSampler
 
 # --- mpl.pytorch's MaxPoolingLoss ---------------------------------------------------------------------------------
 
@@ -208,9 +208,9 @@ def test_obstacle(monkeypatch):
             lmp_triton.obstacle(**arguments)
     with pytest.raises(ValueError, match="losses must have shape"):
         lmp_triton.obstacle(losses=losses[0, 0])
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(settings, "interpreting", lambda: False)
     assert "TRITON_INTERPRET=1 is not set" in lmp_triton.obstacle(losses=losses)
-    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    monkeypatch.setattr(settings, "has_triton", lambda: False)
     assert "Triton is not installed" in lmp_triton.obstacle(losses=losses)
 
 
@@ -223,7 +223,7 @@ def test_code_of_the_fallback_example(rng, p, ratio):
     weights, stats = lmp_triton.optimal_weights(losses, p=p, ratio=ratio)
     plain = module.plain_weights(losses.detach())
     torch.testing.assert_close(plain, weights, rtol=0, atol=1e-5 * stats.tau.max().item())
-    if dispatch.has_triton():
+    if settings.has_triton():
         assert module.why_plain(losses) is None
     torch.testing.assert_close(module(losses), (weights * losses).sum(1).mean(), rtol=2e-6, atol=0)
 
@@ -239,4 +239,4 @@ def test_without_lmp_triton(tmp_path):
 
 def test_fallback_example(capsys):
     runpy.run_path(fallback.__file__, run_name="__main__")
-    assert "by lmp_triton" in capsys.readouterr().out or not dispatch.has_triton()
+    assert "by lmp_triton" in capsys.readouterr().out or not settings.has_triton()

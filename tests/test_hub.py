@@ -13,7 +13,8 @@ from support import labelled
 from torch import nn
 
 import lmp_triton
-from lmp_triton import dispatch, hub
+from lmp_triton.integrations import hub
+from lmp_triton.settings import has_triton
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ sys.modules["lmp_unique"] = module
 spec.loader.exec_module(module)
 import torch
 x, y = torch.randn(1, 3, 20, requires_grad=True), torch.randint(3, (1, 20))
-for backend, solver in {[("eager", "auto")] + [("triton", "select")] * dispatch.has_triton()}:
+for backend, solver in {[("eager", "auto")] + [("triton", "select")] * has_triton()}:
     module.loss_max_pooling(x, y, backend=backend, solver=solver).backward()
     module.optimal_weights(torch.rand(2, 20), backend=backend, solver=solver)
 assert x.grad.any()

@@ -7,8 +7,8 @@ import torch
 from support import CUDA, labelled
 
 import lmp_triton
-from lmp_triton import checks, dispatch
-from lmp_triton.autograd import FromLogits, Options
+from lmp_triton import autograd, dispatch, settings
+from lmp_triton.types import CrossEntropy, Pool
 
 LOGITS, TARGET = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long)
 
@@ -93,7 +93,7 @@ def test_bad_label_on_a_gpu(backend, device, monkeypatch):
     assert loss[0].isfinite() and loss[1].isnan()
     with pytest.raises(IndexError, match="= 7 is not a class"):
         lmp_triton.loss_max_pooling(logits, target, backend=backend, check_targets=True)
-    monkeypatch.setenv(checks.VARIABLE, "1")
+    monkeypatch.setenv(settings.CHECK, "1")
     with pytest.raises(IndexError, match="= 7 is not a class"):
         lmp_triton.loss_max_pooling(logits, target, backend=backend)
 
@@ -101,8 +101,8 @@ def test_bad_label_on_a_gpu(backend, device, monkeypatch):
 def run(logits, target, backend, weight=None, smoothing=0.0, reduction="none"):
     """What a GPU does with labels nobody checked: past the checks, on any device. Returns loss and gradient."""
     x = logits.clone().requires_grad_()
-    options = Options(dispatch.choose(x, backend), x.shape[0], reduction, "auto", 255, smoothing)
-    loss = FromLogits.apply(x, target, weight, 1.3, 0.25, options)[0]
+    cross_entropy, pool = CrossEntropy(weight, 255, smoothing), Pool(1.3, 0.25, reduction=reduction)
+    loss = autograd.from_logits(x, target, cross_entropy, pool, dispatch.choose(x, backend)).value
     loss.sum().backward()
     return loss.detach(), x.grad
 
@@ -169,11 +169,11 @@ def test_bad_losses_poison_their_segment(rng, backend, device, bad):
 
 def test_bad_parameter_read_on_the_device(rng, backend, device):
     """A tensor on a GPU can't be checked without a sync: a bad value makes the loss NaN, and the solver ends."""
-    stages = dispatch.module(backend)
-    pixels = stages.marked_losses(torch.rand(2, 40, device=device), None, 2)
+    losses = torch.rand(2, 40, device=device)
+    stages = dispatch.stages(backend, losses)
     for p, ratio in ((0.5, 0.5), (math.nan, 0.5), (1.3, 0.0), (1.3, 1.5), (1.3, math.nan)):
         p, ratio = (torch.tensor(x, dtype=torch.float64, device=device) for x in (p, ratio))
-        assert stages.solve(pixels, p, ratio, 2, "none").value.isnan().all()
+        assert stages.pool_losses(losses, None, Pool(p, ratio, reduction="none"))[1].value.isnan().all()
 
 
 @pytest.mark.parametrize("scope", ["image", "batch"])

@@ -14,7 +14,7 @@ import torch
 from support import CUDA, configure, labelled
 
 import lmp_triton
-from lmp_triton import dispatch
+from lmp_triton import settings
 
 pytest.importorskip("triton")
 
@@ -74,7 +74,7 @@ def test_no_new_kernel_for_a_new_value(seen):
 
 
 def test_unknown_way_to_launch(monkeypatch):
-    monkeypatch.setenv(dispatch.COOPERATIVE_VARIABLE, "yes")
+    monkeypatch.setenv(settings.COOPERATIVE, "yes")
     with pytest.raises(ValueError, match="LMP_TRITON_COOPERATIVE must be one of"):
         lmp_triton.loss_max_pooling(torch.randn(1, 2, 9), torch.zeros(1, 9, dtype=torch.long), backend="triton")
 
@@ -91,8 +91,8 @@ def test_the_same_from_every_launch(rng, monkeypatch, device, p, layout, reducti
     if layout == "channels_last":
         logits = logits.contiguous(memory_format=torch.channels_last)
     found = []
-    for cooperative in dispatch.COOPERATIVE:
-        monkeypatch.setenv(dispatch.COOPERATIVE_VARIABLE, cooperative)
+    for cooperative in settings.WAYS:
+        monkeypatch.setenv(settings.COOPERATIVE, cooperative)
         x = logits.detach().requires_grad_()
         loss, stats = lmp_triton.loss_max_pooling(
             x,
@@ -157,7 +157,7 @@ def test_a_wait_is_for_the_phase_before_it(rng, monkeypatch, device):
     logits, target = labelled((1, 30, 40), 5, device=device)
     waits = {}
     for cooperative in ("solve", "forward"):
-        monkeypatch.setenv(dispatch.COOPERATIVE_VARIABLE, cooperative)
+        monkeypatch.setenv(settings.COOPERATIVE, cooperative)
         seen.clear()
         lmp_triton.loss_max_pooling(logits, target, ignore_index=255, backend="triton", solver="select")
         waits[cooperative] = list(seen)

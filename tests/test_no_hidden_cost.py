@@ -9,7 +9,7 @@ import torch
 from support import CUDA, labelled
 
 import lmp_triton
-from lmp_triton import dispatch
+from lmp_triton import dispatch, settings
 
 
 @pytest.mark.parametrize("scope", ["image", "batch"])
@@ -98,9 +98,9 @@ def test_choice_of_backend(monkeypatch, name):
     if name == "backend":
         assert dispatch.choose(logits, "eager") == "eager"
     else:
-        monkeypatch.setenv(dispatch.VARIABLE, "eager")
+        monkeypatch.setenv(settings.BACKEND, "eager")
         assert dispatch.choose(logits) == "eager"
-        monkeypatch.setenv(dispatch.VARIABLE, "gpu")
+        monkeypatch.setenv(settings.BACKEND, "gpu")
         with pytest.raises(ValueError, match="LMP_TRITON_BACKEND must be one of"):
             dispatch.choose(logits)
 
@@ -109,7 +109,7 @@ def test_choice_of_backend(monkeypatch, name):
 def test_a_named_backend_serves_or_says_why(monkeypatch):
     pytest.importorskip("triton")
     assert dispatch.choose(torch.zeros(2, 3, 5), "triton") == "triton"
-    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    monkeypatch.setenv(settings.BACKEND, "triton")
     assert dispatch.choose(torch.zeros(2, 3, 5)) == "triton"
     for values, reason in (
         (torch.zeros(2, 3, 5, dtype=torch.float64), "not torch.float64"),
@@ -120,14 +120,14 @@ def test_a_named_backend_serves_or_says_why(monkeypatch):
         with pytest.raises(ValueError, match=f"cannot serve this call: .*{reason}"):
             dispatch.choose(values, "triton")
     pooled_together = torch.zeros(1).expand(4, 2**30)
-    assert dispatch.choose(pooled_together, "triton", segments=4) == "triton"
+    assert dispatch.choose(pooled_together, "triton") == "triton"
     with pytest.raises(ValueError, match="losses a segment"):
-        dispatch.choose(pooled_together, "triton", segments=1)
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+        dispatch.choose(pooled_together, "triton", scope="batch")
+    monkeypatch.setattr(settings, "interpreting", lambda: False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1 is not set"):
         dispatch.choose(torch.zeros(2, 3, 5), "triton")
-    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    monkeypatch.setattr(settings, "has_triton", lambda: False)
     with pytest.raises(ValueError, match="Triton is not installed"):
         dispatch.choose(torch.zeros(2, 3, 5), "triton")
-    monkeypatch.delenv(dispatch.VARIABLE)
+    monkeypatch.delenv(settings.BACKEND)
     assert dispatch.choose(torch.zeros(2, 3, 5)) == "eager"

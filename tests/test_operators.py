@@ -11,12 +11,12 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lmp_triton
-from lmp_triton import dispatch, operators
-from lmp_triton.autograd import FromLogits, FromLosses, Options
+from lmp_triton import dispatch, fused, operators, settings
+from lmp_triton.types import CrossEntropy, PixelLosses, Pool
 
 pytestmark = [
     pytest.mark.traced,
-    pytest.mark.skipif(not dispatch.has_triton(), reason="Triton is not installed on this platform"),
+    pytest.mark.skipif(not settings.has_triton(), reason="Triton is not installed on this platform"),
 ]
 
 OPERATORS = torch.ops.lmp_triton
@@ -27,25 +27,26 @@ def inputs(device, classes=5, dtype=torch.float32, weighted=False, channels_last
     if channels_last:
         logits = logits.to(memory_format=torch.channels_last)
     weight = torch.rand(classes, device=device) if weighted else None
-    return logits.requires_grad_(), target, weight
+    return logits, target, weight
 
 
 CALLS = [
     # What is saved for backward differs: labels of one byte or two, −log softmax or not.
     ({}, 0.0, {}),
     ({"classes": 40, "weighted": True, "dtype": torch.bfloat16}, 0.1, {"reduction": "none"}),
-    ({"classes": 300}, 0.1, {"segments": 1, "reduction": "sum"}),
+    ({"classes": 300}, 0.1, {"scope": "batch", "reduction": "sum"}),
     ({"channels_last": True, "dtype": torch.float16}, 0.0, {"solver": "select"}),
 ]
 
 
 def arguments(device, call, parameter=float):
-    """What `lmp_triton::pool_logits` takes."""
+    """What `pool_logits` takes."""
     tensors, smoothing, options = call
     logits, target, weight = inputs(device, **tensors)
-    options = Options("triton", **{"segments": logits.shape[0], "reduction": "mean", **options})
     p, ratio = (parameter(x) for x in (1.3, 0.25))
-    return logits, target, weight, p, ratio, options._replace(ignore_index=255, label_smoothing=smoothing)
+    if parameter is not float:
+        p, ratio = p.to(device), ratio.to(device)
+    return logits, target, CrossEntropy(weight, 255, smoothing), Pool(p, ratio, **options)
 
 
 def check(operator, *args):
@@ -53,97 +54,84 @@ def check(operator, *args):
     assert set(results.values()) == {"SUCCESS"} and len(results) == 4
 
 
-def flat(p, ratio, options, *names):
-    return *operators._parameters(p, ratio), options.segments, options.reduction, options.solver, *names
-
-
 @pytest.mark.parametrize("parameter", [float, torch.tensor])
 @pytest.mark.parametrize("call", CALLS)
 def test_opcheck_from_logits(rng, device, call, parameter):
-    logits, target, weight, p, ratio, options = arguments(device, call, parameter)
-    if isinstance(p, torch.Tensor):
-        p, ratio = p.to(device), ratio.to(device)
-    args = (logits, target, weight, *flat(p, ratio, options, 255, options.label_smoothing))
+    logits, target, cross_entropy, pool = arguments(device, call, parameter)
+    args = (logits, target, *cross_entropy, *operators._flat(pool))
     check(OPERATORS.pool_logits, *args)
-    _, solution, _, losses, saved = OPERATORS.pool_logits(*args)
-    grad_output = torch.rand(options.segments if options.reduction == "none" else (), device=device)
-    check(
-        OPERATORS.logits_gradient,
-        logits.detach(),
-        losses,
-        saved,
-        solution,
-        grad_output,
-        weight,
-        options.label_smoothing,
-    )
+    check(OPERATORS.softmax_losses, logits, target, *cross_entropy, pool.scope)
+    losses, saved, value, solution, _ = OPERATORS.pool_logits(*args)
+    grad_output = torch.rand(value.shape, device=device)
+    check(OPERATORS.logits_gradient, logits, losses, saved, solution, grad_output, *cross_entropy)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("masked", [True, False])
 def test_opcheck_from_losses(rng, device, reduction, masked):
-    values = torch.rand(2, 20, device=device, dtype=torch.float16, requires_grad=True)
+    losses = torch.rand(2, 20, device=device, dtype=torch.float16)
     mask = torch.rand(2, 20, device=device) < 0.8 if masked else None
-    args = (values, mask, 1.3, 0.25, None, None, 2, reduction, "auto")
+    check(OPERATORS.marked_losses, losses, mask, "image")
+    args = (losses, mask, 1.3, 0.25, None, None, "image", reduction, "auto")
     check(OPERATORS.pool_losses, *args)
-    value, solution, _, losses = OPERATORS.pool_losses(*args)
-    check(OPERATORS.pixel_weights, losses, solution, torch.rand_like(value), torch.float16)
-    check(OPERATORS.total_weight, losses, solution)
+    marked, value, solution, _ = OPERATORS.pool_losses(*args)
+    check(OPERATORS.pixel_weights, marked, solution, torch.rand_like(value), torch.float16)
+    check(OPERATORS.total_weight, marked, solution)
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_same_as_the_function(rng, device, call):
-    """Bit for bit, forward and backward."""
-    x, *rest = arguments(device, call)
-    y = x.detach().clone().requires_grad_()
-    outputs, expected = operators.pool_logits(x, *rest), FromLogits.apply(y, *rest)
-    grad_output = torch.rand_like(expected[0])
-    for a, b in zip(outputs, expected, strict=True):
-        assert torch.equal(a, b) and a.requires_grad == b.requires_grad
-    outputs[0].backward(grad_output)
-    expected[0].backward(grad_output)
-    assert torch.equal(x.grad, y.grad)
+def test_same_as_the_stages_from_logits(rng, device, call):
+    """Bit for bit."""
+    logits, target, cross_entropy, pool = arguments(device, call)
+    (pixels, pooling), (expected, expected_pooling) = (
+        stages.pool_logits(logits, target, cross_entropy, pool) for stages in (operators, fused)
+    )
+    assert equal(pooling, expected_pooling) and torch.equal(pixels.losses, expected.losses)
+    assert equal(pixels.saved, expected.saved)
+    grad_output = torch.rand_like(pooling.value)
+    rest = (pooling.solution, grad_output, cross_entropy)
+    assert equal([operators.logits_gradient(logits, pixels, *rest)], [fused.logits_gradient(logits, expected, *rest)])
+    alone = operators.softmax_losses(logits, target, cross_entropy, pool.scope)
+    assert torch.equal(alone.losses, expected.losses) and equal(alone.saved, expected.saved)
 
 
-def test_same_as_the_function_from_losses(rng, device):
-    x = torch.rand(2, 30, device=device, dtype=torch.bfloat16, requires_grad=True)
-    y = x.detach().clone().requires_grad_()
-    options = Options("triton", 2, "none")
-    outputs, expected = operators.pool_losses(x, None, 1.3, 0.5, options), FromLosses.apply(y, None, 1.3, 0.5, options)
-    for a, b in zip(outputs, expected, strict=True):
-        assert torch.equal(a, b) and a.requires_grad == b.requires_grad
-    outputs[0].sum().backward()
-    expected[0].sum().backward()
-    assert torch.equal(x.grad, y.grad)
+def test_same_as_the_stages_from_losses(rng, device):
+    losses, pool = torch.rand(2, 30, device=device, dtype=torch.bfloat16), Pool(1.3, 0.5, reduction="none")
+    (pixels, pooling), (expected, expected_pooling) = (
+        stages.pool_losses(losses, None, pool) for stages in (operators, fused)
+    )
+    assert equal(pooling, expected_pooling) and torch.equal(pixels.losses, expected.losses)
+    assert torch.equal(operators.marked_losses(losses, None, "image").losses, expected.losses)
+    rest = (PixelLosses(expected.losses), pooling.solution)
+    one = torch.ones((), device=device)
+    for name, more in (("total_weight", ()), ("pixel_weights", (one, torch.float32))):
+        assert torch.equal(getattr(operators, name)(*rest, *more), getattr(fused, name)(*rest, *more))
 
 
-@pytest.mark.parametrize("function", ["logits", "losses"])
-def test_second_derivative_is_refused(rng, device, function):
-    if function == "logits":
-        x, *rest = arguments(device, CALLS[0])
-        value = operators.pool_logits(x, *rest)[0]
-    else:
-        x = torch.rand(2, 30, device=device, requires_grad=True)
-        value = operators.pool_losses(x, None, 1.3, 0.5, Options("triton", 2, "mean"))[0]
-    (grad,) = torch.autograd.grad(value, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        grad.square().sum().backward()
+def test_no_derivative_of_their_own(rng, device):
+    """The two functions of `lmp_triton.autograd` have it, for every backend."""
+    logits, *rest = arguments(device, CALLS[0])
+    value = operators.pool_logits(logits.requires_grad_(), *rest)[1].value
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        value.backward()
 
 
 def test_vmap_and_forward_mode_are_refused(rng, device):
     """PyTorch would run a loop for the one and return a zero for the other."""
-    x, *rest = arguments(device, CALLS[0])
-    x = x.detach()
+    logits, *rest = arguments(device, CALLS[0])
     with pytest.raises(NotImplementedError, match="does not run under the transforms"):
-        torch.func.vmap(lambda logits: operators.pool_logits(logits, *rest)[0])(x.unsqueeze(0))
+        torch.func.vmap(lambda x: operators.pool_logits(x, *rest)[1].value)(logits.unsqueeze(0))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="does not run under the transforms"):
-        operators.pool_logits(forward_ad.make_dual(x, x), *rest)
-    losses = torch.rand(2, 30, device=device)
-    options = Options("triton", 2, "mean")
+        operators.pool_logits(forward_ad.make_dual(logits, logits), *rest)
+    losses, pool = torch.rand(2, 30, device=device), Pool(1.3, 0.5)
     with pytest.raises(NotImplementedError, match="does not run under the transforms"):
-        torch.func.vmap(lambda x: operators.pool_losses(x, None, 1.3, 0.5, options)[0])(losses.unsqueeze(0))
+        torch.func.vmap(lambda x: operators.pool_losses(x, None, pool)[1].value)(losses.unsqueeze(0))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="does not run under the transforms"):
-        operators.pool_losses(forward_ad.make_dual(losses, losses), None, 1.3, 0.5, options)
+        operators.pool_losses(forward_ad.make_dual(losses, losses), None, pool)
 
 
 def test_the_plain_call_does_without(rng, backend, device):
@@ -156,6 +144,7 @@ def test_the_plain_call_does_without(rng, backend, device):
             return function(*args, **(kwargs or {}))
 
     logits, target, _ = inputs(device)
+    logits.requires_grad_()
     with Watch():
         loss, _ = lmp_triton.loss_max_pooling(logits, target, ignore_index=255, backend=backend, return_stats=True)
         loss.backward()
@@ -179,7 +168,7 @@ def test_auto_takes_triton_on_cuda_where_code_is_traced(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(configs, "table", configs.table.__wrapped__)  # nothing is to be remembered of this
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.delenv(settings.BACKEND, raising=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         logits = torch.empty(2, 5, 6, 7, device="cuda")
         target = torch.empty(2, 6, 7, device="cuda", dtype=torch.long)

@@ -8,6 +8,7 @@ import torch
 from support import CUDA, configure, oracle
 
 import lmp_triton
+from lmp_triton.types import Pool
 
 PS = (1.0, 1.000001, 1.0001, 1.01, 1.05, 1.3, 2.0, 50.0, 1e6, 1e8, math.inf)
 
@@ -135,8 +136,8 @@ def test_rounds_are_bounded(rng, monkeypatch, device, which, n):
         for m in {1.0, float(n), max(1.0, positive - 0.5)} if n < 1e6 else {float(rng.uniform(1, n))}:
             p, ratio = float(rng.choice([1.0, 1.0000001, 1.3, 1e6])), min(m / n, 1.0)
             print(n, m, p, losses[:2])
-            pixels = fused.marked_losses(losses.unsqueeze(0), None, 1)
-            pooling = fused.solve(pixels, p, ratio, 1, "none", which)
+            pool = Pool(p, ratio, reduction="none", solver=which)
+            pixels, pooling = fused.pool_losses(losses.unsqueeze(0), None, pool)
             most = max(most, int(pixels.statistics[workspace.ROUNDS.value]))
             assert pooling.value.item() == pytest.approx(oracle(losses, p, ratio).loss, rel=1e-6, abs=2.0**-149)
     assert most <= 32

@@ -4,7 +4,7 @@ With mmsegmentation itself the registry is `mmseg.registry.MODELS`, and three li
 names under `custom_imports` do it:
 
     from mmseg.registry import MODELS
-    from lmp_triton.dropins import DecodeHeadLoss
+    from lmp_triton.integrations.dropins import DecodeHeadLoss
     MODELS.register_module(name="LossMaxPooling", module=DecodeHeadLoss)
 
 `python -m lmp_triton.examples.registry` does the same with a registry of its own.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmp_triton.dropins import DecodeHeadLoss, MaxPoolingPixelSampler
+from lmp_triton.integrations.dropins import DecodeHeadLoss, MaxPoolingPixelSampler
 
 
 class Registry:

@@ -1,17 +1,17 @@
 """The loss as layers of the Hugging Face Hub: without state or constructor, they lend their `forward` to other modules.
 
-`kernels.kernelize` puts them in place of the `forward` of a module that carries the options as attributes; see
-`lmp_triton.hub`.
+`kernels.kernelize` puts them in place of the `forward` of a module that carries the options as attributes. In the Hub
+kernel that `lmp_triton.integrations.hub` writes they are `layers.LossMaxPooling` and `layers.PoolLosses`.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .api import loss_max_pooling, pool_losses
+from ..api import loss_max_pooling, pool_losses
 
 
-class LossMaxPooling(nn.Module):
+class LossMaxPoolingForward(nn.Module):
     """`lmp_triton.loss_max_pooling` with the options that the adopting module has."""
 
     can_torch_compile: bool = True
@@ -31,7 +31,7 @@ class LossMaxPooling(nn.Module):
         return loss_max_pooling(logits, target, **options)  # type: ignore[return-value]  # without return_stats
 
 
-class PoolLosses(nn.Module):
+class PoolLossesForward(nn.Module):
     """`lmp_triton.pool_losses` with the options that the adopting module has."""
 
     can_torch_compile: bool = True

@@ -3,14 +3,12 @@
     MaxPoolingLoss            mpl.pytorch's loss on pixel losses
     MaxPoolingPixelSampler    a pixel sampler of mmsegmentation, beside OHEMPixelSampler; OpenVINO's of this name
     DecodeHeadLoss            a loss of an mmsegmentation decode head, to be registered under any name
-    obstacle                  for a module with code of its own: whether the kernels would serve its tensors, or why not
 
-None of these packages is imported.
+None of these packages is imported. For a module with code of its own there is `lmp_triton.obstacle`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,33 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks, dispatch
-from .api import loss_max_pooling, optimal_weights, pool_losses
-
-
-def obstacle(*, losses: Tensor | None = None, logits: Tensor | None = None, scope: str = "image") -> str | None:
-    """Why the kernels can't serve these tensors, or None if they can: no launch, no copy, no host sync.
-
-        weights = my_weights(losses) if lmp_triton.obstacle(losses=losses) else lmp_triton.optimal_weights(losses)[0]
-
-    Args:
-        losses: what would be given to `pool_losses` or `optimal_weights`.
-        logits: or what would be given to `loss_max_pooling`, (N, C, *spatial).
-        scope: as in that call.
-
-    Raises:
-        ValueError: not exactly one of losses and logits.
-    """
-    if losses is not None and logits is None:
-        checks.losses_and_mask(losses, None, scope)
-        rows = (losses.shape[0], math.prod(losses.shape[1:])) if losses.ndim > 1 else (1, losses.shape[0])
-        stand_in = losses.detach().as_strided(rows, (0, 0))  # flatten() might copy
-        return dispatch.obstacle(stand_in, 1 if scope == "batch" else None)
-    if logits is not None and losses is None:
-        if logits.ndim == 2:  # rows are pixels of one image
-            logits = logits.t().unsqueeze(0)
-        return dispatch.obstacle(logits, 1 if scope == "batch" else None)
-    raise ValueError("obstacle takes either losses or logits")
+from .. import checks
+from ..api import loss_max_pooling, optimal_weights, pool_losses
+from ..types import CrossEntropy, Pool
 
 
 class MaxPoolingLoss(nn.Module):
@@ -76,7 +50,7 @@ class MaxPoolingLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        checks.options(p, ratio, scope, "mean", group, None)
+        checks.pool(Pool(p, ratio, scope, group=group), None)
         self.ratio = ratio
         self.p = p
         self.reduce = reduce
@@ -142,7 +116,7 @@ class MaxPoolingPixelSampler:
         scope: str = "batch",
         backend: str = "auto",
     ) -> None:
-        checks.options(p, ratio, scope, "mean", None, None)
+        checks.pool(Pool(p, ratio, scope), None)
         self.context = context
         self.ratio = ratio
         self.p = p
@@ -230,9 +204,9 @@ class DecodeHeadLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        checks.options(p, ratio, scope, reduction, None, None)
+        checks.pool(Pool(p, ratio, scope, reduction), None)
         weight = None if class_weight is None else torch.as_tensor(class_weight, dtype=torch.float32)
-        checks.cross_entropy_options(weight, 0, 0.0)
+        checks.cross_entropy(CrossEntropy(weight))
         self.register_buffer("class_weight", weight, persistent=False)  # a checkpoint of mmsegmentation has no such key
         self.p = p
         self.ratio = ratio

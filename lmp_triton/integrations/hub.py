@@ -1,6 +1,6 @@
 """Write this package as a kernel of the Hugging Face Hub, to be loaded by the `kernels` package:
 
-    python -m lmp_triton.hub FOLDER
+    python -m lmp_triton.integrations.hub FOLDER
 
     import kernels
     lmp = kernels.get_local_kernel(Path(FOLDER))
@@ -19,21 +19,20 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import kernels
+from .. import kernels
 
 VERSION = 1
 """Of the interface, as the Hub counts: one number, raised when callers must change."""
 
 BACKENDS = ("cuda", "cpu")
 
-LEFT_OUT = ("__init__.py", "cli.py", "hub.py", "reference.py")
+LEFT_OUT = ("__init__.py", "cli.py", "reference.py")
 """Modules for the command line and the oracle: a kernel may import the standard library, torch and Triton alone."""
 
 INIT = '''"""Loss max-pooling (Rota Bulò, Neuhold, Kontschieder, CVPR 2017) at the price of cross-entropy."""
 
 from . import layers
-from .api import loss_max_pooling, optimal_weights, pool_losses
-from .dropins import obstacle
+from .api import loss_max_pooling, obstacle, optimal_weights, pool_losses
 from .modules import LossMaxPooling
 from .types import PoolingStats
 
@@ -48,6 +47,14 @@ __all__ = [
 ]
 '''
 
+LAYERS = '''"""The layers, by the names that a mapping of the Hub gives."""
+
+from .integrations.layers import LossMaxPoolingForward as LossMaxPooling
+from .integrations.layers import PoolLossesForward as PoolLosses
+
+__all__ = ["LossMaxPooling", "PoolLosses"]
+'''
+
 
 def build(folder: Path) -> list[Path]:
     """Write the build folder below `folder`; returns the variants.
@@ -60,10 +67,11 @@ def build(folder: Path) -> list[Path]:
         raise FileExistsError(
             f"{target} exists: remove it first, so that nothing of an older build stays in the new one"
         )
-    package, device_code = Path(__file__).parent, Path(kernels.__file__).parent
-    files = {path.name: path.read_text() for path in sorted(package.glob("*.py")) if path.name not in LEFT_OUT}
+    here, device_code = Path(__file__).parent, Path(kernels.__file__).parent
+    files = {path.name: path.read_text() for path in sorted(here.parent.glob("*.py")) if path.name not in LEFT_OUT}
     files |= {f"kernels/{path.name}": path.read_text() for path in sorted(device_code.glob("*.py"))}
-    files["__init__.py"] = INIT
+    files |= {f"integrations/{name}": (here / name).read_text() for name in ("__init__.py", "layers.py")}
+    files |= {"__init__.py": INIT, "layers.py": LAYERS}
     unique = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
     variants = []
     for backend in BACKENDS:
@@ -92,7 +100,9 @@ def build(folder: Path) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m lmp_triton.hub", description="Write a Hugging Face Hub kernel.")
+    parser = argparse.ArgumentParser(
+        prog="python -m lmp_triton.integrations.hub", description="Write a Hugging Face Hub kernel."
+    )
     parser.add_argument("folder", type=Path, help="gets a folder build/")
     for variant in build(parser.parse_args(arguments).folder):
         print(variant)

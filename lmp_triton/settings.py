@@ -1,0 +1,105 @@
+"""What a call depends on besides its arguments: the environment, the limits of the kernels, whether a graph is made."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "eager")
+SOLVERS = ("auto", "select", "sort")
+
+BACKEND = "LMP_TRITON_BACKEND"
+"""Environment variable that stands in for `backend="auto"`."""
+
+CHECK = "LMP_TRITON_CHECK"
+"""Environment variable: 1 checks every target, also on a GPU, as check_targets=True does."""
+
+COOPERATIVE = "LMP_TRITON_COOPERATIVE"
+"""Environment variable: which part of the Triton backend is one cooperative launch, whose programs wait for each other.
+
+"solve": the threshold search; "forward": the losses, too. Unset or empty: none, the default as long as no GPU run in
+perf/results/ shows them right and not hanging. They fall back to separate launches where not all programs fit on the
+device at once, and change no result. Read at each call; a CUDA graph keeps what it was captured with."""
+
+WAYS = ("", "solve", "forward")
+"""What `COOPERATIVE` may be."""
+
+FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+MAX_CLASSES = 1024
+"""Classes that the kernels take: with more, the table of `kernels.configs` has no entry."""
+
+MAX_LEVELS = 3
+"""Spatial dimensions that the kernels walk, after those that lie behind each other in memory count as one."""
+
+MAX_PIXELS = 2**31 - 2**16
+"""Losses of a segment that 32-bit offsets inside it reach."""
+
+NOT_INTERPRETING = "the tensors are on the CPU and TRITON_INTERPRET=1 is not set"
+
+
+def backend() -> str:
+    """What `BACKEND` asks for; an empty variable is an unset one.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    return _variable(BACKEND, BACKENDS, "auto")
+
+
+def cooperative() -> str:
+    """What `COOPERATIVE` asks for: "", "solve" or "forward".
+
+    Raises:
+        ValueError: something else.
+    """
+    return _variable(COOPERATIVE, WAYS, "")
+
+
+def check_targets() -> bool:
+    """Whether `CHECK` asks for every target to be checked."""
+    return os.environ.get(CHECK) == "1"
+
+
+def _variable(name: str, values: tuple[str, ...], default: str) -> str:
+    value = os.environ.get(name) or default
+    if value not in values:
+        raise ValueError(f"the environment variable {name} must be one of {values}, got {value!r}")
+    return value
+
+
+_FOUND = importlib.util.find_spec("triton") is not None  # here, since Dynamo can't trace the search
+
+
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    return _FOUND
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1, set before Triton was imported)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+_TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+
+
+def traced(x: Tensor) -> bool:
+    """Whether a graph is being made of what happens to x: its values and the memory behind it are out of reach.
+
+    By torch.compile or torch.export, or by what they are made of: a FakeTensorMode, a FakeTensor, make_fx. (For the
+    latter three there is no public question.)
+    """
+    if torch.compiler.is_compiling() or hasattr(x, "fake_mode"):
+        return True
+    return any(torch._C._get_dispatch_mode(tracer) is not None for tracer in _TRACERS)
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether reading a value of x costs nothing: it is on the CPU, and nobody traces."""
+    return x.device.type == "cpu" and not traced(x)
