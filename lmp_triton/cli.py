@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lmp-triton", description="Loss max-pooling at the price of cross-entropy.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    help_demo = "train on a real land-cover scene with cross-entropy and with loss max-pooling, side by side"
+    help_demo = "train with cross-entropy and with loss max-pooling side by side, on digits or on a land-cover scene"
     command = commands.add_parser("demo", help=help_demo, description=help_demo)
     demo.add_arguments(command)
     command.set_defaults(run=demo.run)

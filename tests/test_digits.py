@@ -122,10 +122,19 @@ def test_a_few_steps_lower_the_loss(training):
         losses.append(loss.item())
         return loss
 
-    steps = []
+    steps, observed = [], []
     batch = training.images[:4], training.labels[:4].long()
-    loop.fit(network, criterion, [batch] * 20, optimizer, schedule, on_step=lambda logits, labels: steps.append(logits))
-    assert len(steps) == 20 and not steps[0].requires_grad
+    loop.fit(
+        network,
+        criterion,
+        [batch] * 20,
+        optimizer,
+        schedule,
+        on_step=lambda: steps.append(1),
+        observe=lambda classes, labels: observed.append((classes, labels)),
+    )
+    assert len(steps) == len(observed) == 20
+    assert observed[0][0].shape == batch[1].shape and torch.equal(observed[0][1], batch[1])
     assert losses[-1] < losses[0] / 3
 
 

@@ -1,4 +1,4 @@
-"""The demo itself: train with both losses from the same start on the same crops, print a table, draw a picture."""
+"""The demo itself: train with both losses from the same start on the same batches, print a table, draw a picture."""
 
 from __future__ import annotations
 
@@ -17,81 +17,97 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lmp_triton import LossMaxPooling, dispatch, optimal_weights
-from lmp_triton.segmentation.unet import UNet
+from lmp_triton.segmentation import loop
 
 from .picture import View, draw
-from .scene import (
-    BLOCK,
-    CHANNELS,
-    CLASSES,
-    CROP,
-    IGNORE_INDEX,
-    Scene,
-    class_shares,
-    cut,
-    held_out_corners,
-    training_corners,
-)
-from .training import draw_crops, evaluate, train
+from .scene import Scene
 
-__all__ = ["compare"]
+__all__ = ["check_output", "compare"]
 
 PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-SHOWN = (150, 4200)
-"""The held-out block of the picture, around Lake Baikal: many classes, the rarest (deciduous needleleaf) among them."""
+TYPES = (".png", ".jpg", ".webp", ".pdf", ".svg")
+
+
+def check_output(output: Path) -> None:
+    """Make the folder of the picture; ValueError if the picture could not be written, which is known only at the end.
+
+    Args:
+        output: where it shall go.
+    """
+    if output.is_dir():
+        raise ValueError(f"--output must be a file, and {output} is a folder")
+    if output.suffix.lower() not in TYPES:
+        raise ValueError(f"--output must end in one of {', '.join(TYPES)}, got {output}")
+    existed = output.exists()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("ab"):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output cannot be written: {error}") from None
+    if not existed:
+        output.unlink()
 
 
 def compare(scene: Scene, pooling: LossMaxPooling, *, steps: int, seeds: Sequence[int], output: Path) -> None:
-    """Train with each seed and each loss, print the IoU on the held-out blocks, save a picture of the first seed."""
+    """Train with each seed and each loss, print the IoU on what is held out, save a picture of the first seed."""
     console = Console()
-    output.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setting = f"p = {pooling.p}, ratio = {pooling.ratio}"
-    console.print(f"Loss max-pooling with {setting} by the [bold]{backend_name(device)}[/] backend on {device}.")
+    console.print(f"Loss max-pooling with {setting} by the [bold]{backend_name(scene, device)}[/] backend on {device}.")
 
-    criteria = {"cross-entropy": nn.CrossEntropyLoss(ignore_index=IGNORE_INDEX), "loss max-pooling": pooling}
-    allowed, blocks = training_corners(scene), held_out_corners(scene)
+    criteria = {"cross-entropy": nn.CrossEntropyLoss(ignore_index=scene.ignore_index), "loss max-pooling": pooling}
     networks: dict[str, nn.Module] = {}
     runs: dict[str, list[Tensor]] = {name: [] for name in criteria}
     with Progress(*PROGRESS, console=console) as progress:
         for seed in seeds:
             torch.manual_seed(seed)
-            start = UNet(CHANNELS, len(CLASSES))
-            crops = draw_crops(allowed, steps, seed)
+            start = scene.network()
             for name, criterion in criteria.items():
                 # With the channels last, the convolutions take half the time on a CPU.
                 network = copy.deepcopy(start).to(device).to(memory_format=torch.channels_last)
                 bar = progress.add_task(f"{name}, seed {seed}", total=steps)
-                train(network, criterion, scene, crops, device, on_step=partial(progress.advance, bar))
-                runs[name].append(evaluate(network, scene, blocks, device))
+                optimizer, schedule = scene.solver(network, steps)
+                batches = scene.batches(steps, seed)
+                advance = partial(progress.advance, bar)
+                loop.fit(network, criterion, batches, optimizer, schedule, device, advance)
+                iou = loop.iou(network, scene.held_out(), len(scene.classes), scene.ignore_index, device)
+                runs[name].append(iou)
                 networks.setdefault(name, network)
 
     ious = {name: torch.stack(values).double().numpy() for name, values in runs.items()}
-    console.print(_table(class_shares(scene), ious))
+    console.print(_table(scene, ious))
     console.print(_caution(len(seeds)))
     caption = (
-        f"A small U-Net, {steps} steps with each loss from the same start on the same crops; {setting}, seed {seeds[0]}"
+        f"A small U-Net, {steps} steps with each loss from the same start {scene.training_note}; {setting}, "
+        f"seed {seeds[0]}"
     )
     draw(output, scene, _view(networks, scene, pooling, device), {name: iou[0] for name, iou in ious.items()}, caption)
     console.print(f"Picture: [bold]{output.resolve()}[/]", soft_wrap=True)
 
 
-def backend_name(device: torch.device) -> str:
+def backend_name(scene: Scene, device: torch.device) -> str:
     """The backend that serves loss max-pooling on batches like those of the training."""
-    return dispatch.choose(torch.empty(1, len(CLASSES), CROP * CROP, device=device))
+    _, labels = next(scene.batches(1, 0))
+    return dispatch.choose(torch.empty(1, len(scene.classes), labels[0].numel(), device=device))
 
 
-def _table(shares: NDArray[np.float64], ious: dict[str, NDArray[np.float64]]) -> Table:
+def _table(scene: Scene, ious: dict[str, NDArray[np.float64]]) -> Table:
     """IoU in percent, the commonest class first: `ious` holds (seeds, classes) for each loss."""
-    table = Table(title="Held-out blocks: intersection over union, %", title_justify="left")
-    table.add_column("class")
+    title = f"Intersection over union, %, on {scene.held_out_name} (pixels: share of the {scene.shares_of})"
+    table = Table(title=title, title_justify="left")
+    table.add_column("class", no_wrap=True)
     table.add_column("pixels, %", justify="right")
     for name in ious:
         table.add_column(name, justify="right")
-    for c in np.argsort(-shares):
-        table.add_row(CLASSES[c], f"{100 * shares[c]:.2f}", *(percent(iou[:, c]) for iou in ious.values()))
+    order = np.argsort(-scene.shares)
+    for c in order:
+        table.add_row(scene.classes[c], f"{100 * scene.shares[c]:.2f}", *(percent(iou[:, c]) for iou in ious.values()))
     table.add_section()
-    table.add_row("mean", "", *(percent(np.nanmean(iou, axis=1)) for iou in ious.values()), style="bold")
+    rare = order[-5:]
+    for name, chosen in (("mean", order), ("mean of the five rarest", rare)):
+        means = (percent(np.nanmean(iou[:, chosen], axis=1)) for iou in ious.values())
+        table.add_row(name, "", *means, style="bold")
     return table
 
 
@@ -107,20 +123,19 @@ def _caution(seeds: int) -> str:
     if seeds == 1:
         return "One run with one seed shows nothing about which loss is better; --seeds 3 shows how much seeds differ."
     return (
-        f"Mean ± standard deviation over {seeds} seeds, each with its own start and crops, on one split of one scene: "
+        f"Mean ± standard deviation over {seeds} seeds, each with its own start and batches, on one split of the data: "
         "a difference within the spread shows nothing about which loss is better."
     )
 
 
 @torch.inference_mode()
 def _view(networks: dict[str, nn.Module], scene: Scene, pooling: LossMaxPooling, device: torch.device) -> View:
-    """What both networks make of the block at SHOWN, and how loss max-pooling weights the losses of its network."""
-    inputs, labels = (tensor.to(device) for tensor in cut(scene, np.array([SHOWN]), BLOCK))
+    """What both networks make of the shown image, and how loss max-pooling weights the losses of its network."""
+    inputs, labels = (tensor.to(device) for tensor in scene.shown)
     logits = {name: network.eval()(inputs) for name, network in networks.items()}
-    losses = F.cross_entropy(logits["loss max-pooling"], labels, ignore_index=IGNORE_INDEX, reduction="none")
-    weights, stats = optimal_weights(losses, labels != IGNORE_INDEX, p=pooling.p, ratio=pooling.ratio)
+    losses = F.cross_entropy(logits["loss max-pooling"], labels, ignore_index=scene.ignore_index, reduction="none")
+    weights, stats = optimal_weights(losses, labels != scene.ignore_index, p=pooling.p, ratio=pooling.ratio)
     return View(
-        corner=SHOWN,
         predictions={name: values.argmax(dim=1)[0].cpu().numpy() for name, values in logits.items()},
         losses=losses[0].cpu().numpy(),
         weights=(weights[0] * stats.valid).cpu().numpy(),

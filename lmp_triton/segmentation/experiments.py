@@ -92,10 +92,9 @@ def train(setting: Setting, seed: int, *, steps: int = STEPS, keep: bool = False
     kept: dict[int, Tensor] = {}
     count = 0
 
-    def on_step(logits: Tensor, labels: Tensor) -> None:
+    def on_step() -> None:
         nonlocal count
         count += 1
-        observe(logits, labels)
         if keep and count in SHOWN_AT:
             model.eval()
             with torch.inference_mode():
@@ -105,7 +104,7 @@ def train(setting: Setting, seed: int, *, steps: int = STEPS, keep: bool = False
     optimizer, schedule = loop.poly_sgd(model.parameters(), steps, setting.lr)
     batches, observe = _batches(setting, training, seed, steps)
     started, cpu = time.perf_counter(), time.process_time()
-    loop.fit(model, _criterion(setting, training), batches, optimizer, schedule, on_step=on_step)
+    loop.fit(model, _criterion(setting, training), batches, optimizer, schedule, on_step=on_step, observe=observe)
     measured = {"wall_seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
 
     pairs = zip(test.images.split(50), test.labels.long().split(50), strict=True)
@@ -128,12 +127,12 @@ def _criterion(setting: Setting, training: digits.ComposedDigits) -> Callable[[T
 
 def _batches(
     setting: Setting, training: digits.ComposedDigits, seed: int, steps: int
-) -> tuple[Iterator[tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], object]]:
+) -> tuple[Iterator[tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], object] | None]:
     """The batches of a run, and what wants to see the predictions for them."""
     draw = np.random.default_rng(seed)
     if setting.sampling == "uniform":
         order = draw.integers(len(training), size=(steps, BATCH))
-        return (default_collate([training[i] for i in batch]) for batch in order), lambda logits, labels: None
+        return (default_collate([training[i] for i in batch]) for batch in order), None
     raise ValueError(f"unknown sampling {setting.sampling!r}")
 
 

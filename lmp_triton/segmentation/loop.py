@@ -44,7 +44,8 @@ def fit(
     optimizer: torch.optim.Optimizer,
     schedule: LRScheduler,
     device: torch.device | str = "cpu",
-    on_step: Callable[[Tensor, Tensor], object] | None = None,
+    on_step: Callable[[], object] | None = None,
+    observe: Callable[[Tensor, Tensor], object] | None = None,
 ) -> None:
     """Train the model in place, a step for each batch (images, labels).
 
@@ -55,7 +56,8 @@ def fit(
         optimizer: of the model's parameters.
         schedule: stepped after each batch.
         device: where the model is.
-        on_step: called after each step with the logits (detached) and the labels.
+        on_step: called after each step.
+        observe: called after each step with the predicted classes and the labels, for a sampler that follows them.
     """
     model.train()
     for images, labels in batches:
@@ -67,7 +69,9 @@ def fit(
         optimizer.step()
         schedule.step()
         if on_step is not None:
-            on_step(logits.detach(), labels)
+            on_step()
+        if observe is not None:
+            observe(logits.detach().argmax(dim=1), labels)
 
 
 @torch.inference_mode()
