@@ -2,10 +2,15 @@
 
 A launcher fills the tensors it is given and allocates nothing. The order of the stages:
 
-    cross_entropy.softmax_losses  or  losses.mark_losses     losses, labels, statistics of each segment
-    select.select                 or  sort.sort              α* and what backward needs, one solution a segment
-    gradient.logits_gradient      or  weights.pixel_weights  w*·grad_output, straight into the gradient buffer
+    cross_entropy.softmax_losses  or  given_losses.mark_losses  losses, labels, statistics of each segment
+    select.solve_by_selection     or  sort.solve_by_sorting     α* and what backward needs, one solution a segment
+    gradient.logits_gradient      or  weighting.pixel_weights   w*·grad_output, straight into the gradient buffer
 
-`forward.forward` does the first two stages in one cooperative launch. Under them: launch (how), configs (in what
-blocks), layout (over what strides), occupancy; workspace, bracket, solution, numerics: device functions they share.
+`forward.losses_and_solution` does the first two stages in one cooperative launch. Under them: launch (how), configs (in
+what blocks), layout (over what strides), occupancy; device functions they share: logits (how logits are read), softmax,
+workspace, bracket, solution, numerics.
+
+Arguments travel in groups: a kernel is given one `Task` (NamedTuple of tensors, numbers and further groups) a stage and
+one `Constants`; the same groups go on to the device functions, and more of them are made there (`Segment`, `Tile`). In
+a name `programs` are those that share a row: the pixels of an image, or the losses of a segment.
 """

@@ -4,6 +4,8 @@ f(t) = |{ℓ > t}| + Σ_{ℓ ≤ t} (ℓ/t)^q − m falls as t grows. f(lo) ≥ 
 Both ends are bit patterns: losses are never negative, and such floats are ordered as their bit patterns are.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -38,44 +40,63 @@ def add_bounds(e1, a1, b1, e2, a2, b2):
     return e1 + e2, a2 + a1 * factor, b2 + b1 * factor
 
 
-@triton.jit
-def bracket_of_bins(counts, before, lower, upper, base, outside, lo, hi, m, q):
-    """A bracket inside (lo, hi], from the counts (int64) of ascending bins that cover it; and how many it holds.
+class Bins(NamedTuple):
+    """Ascending bins that cover a bracket, a vector each: a bin holds lower ≤ ℓ ≤ upper, all bit patterns."""
 
-    A bin holds lower ≤ ℓ ≤ upper, `before` is the upper edge of the bin before (lo for the first), all bit patterns.
+    counts: Any
+    """int64"""
+    before: Any
+    """The upper edge of the bin before, lo for the first."""
+    lower: Any
+    upper: Any
+
+
+class End(NamedTuple):
+    """A threshold t, an end of the bracket, and what is known there."""
+
+    bits: Any
+    above: Any
+    """|{ℓ > t}|, int64"""
+    powers: Any
+    """Σ_{ℓ ≤ t} (ℓ/t)^q, float64; 0 at the right end: not known."""
+
+
+@triton.jit
+def bracket_of_bins(bins, base, outside, lo, hi, m, q):
+    """A bracket inside (lo, hi], from the counts of bins that cover it; and how many it holds.
+
     base: Σ (ℓ/lo)^q of the losses up to lo; outside: how many lie above hi.
     A bin's share of the sum at t lies between its count times (lower/t)^q and (upper/t)^q.
     """
-    low = bits_float(lower)
-    high = bits_float(upper)
-    previous = bits_float(before)
-    count = counts.to(tl.float32)
-    carried = tl.where(before == lo, base, 0.0)  # the first bin alone
+    low = bits_float(bins.lower)
+    high = bits_float(bins.upper)
+    previous = bits_float(bins.before)
+    count = bins.counts.to(tl.float32)
+    carried = tl.where(bins.before == lo, base, 0.0)  # the first bin alone
     carried = tl.where(previous > 0, carried * power(tl.minimum(previous, high), high, q), 0.0)
     least = carried + tl.where(low > 0, count * power(tl.minimum(low, high), high, q), 0.0)
     most = carried + count
     _decay, least, most = tl.associative_scan((decay(tl.minimum(previous, high), high, q), least, most), 0, add_bounds)
-    above = (outside + tl.sum(counts, 0) - tl.cumsum(counts, 0)).to(tl.float64)
-    lo = tl.maximum(lo, tl.max(tl.where(above + (least * (1 - MARGIN)).to(tl.float64) >= m, upper, 0), 0))
-    hi = tl.minimum(hi, tl.min(tl.where(above + (most * (1 + MARGIN)).to(tl.float64) < m, upper, INF_BITS), 0))
+    above = (outside + tl.sum(bins.counts, 0) - tl.cumsum(bins.counts, 0)).to(tl.float64)
+    lo = tl.maximum(lo, tl.max(tl.where(above + (least * (1 - MARGIN)).to(tl.float64) >= m, bins.upper, 0), 0))
+    hi = tl.minimum(hi, tl.min(tl.where(above + (most * (1 + MARGIN)).to(tl.float64) < m, bins.upper, INF_BITS), 0))
     hi = tl.maximum(hi, lo + 1)
-    return lo, hi, tl.sum(tl.where((upper > lo) & (upper <= hi), counts, 0), 0)
+    return lo, hi, tl.sum(tl.where((bins.upper > lo) & (bins.upper <= hi), bins.counts, 0), 0)
 
 
 @triton.jit
-def first_bracket(segment_workspace, n, max_bits, m, q):
+def first_bracket(segment):
     """The bracket by the histogram of stage one, and how many losses it holds at most (zeros may count)."""
-    bins = tl.arange(0, BINS)
-    counts = tl.load(segment_workspace + HISTOGRAM + bins)  # 0 for bin 0
-    counts += tl.where(bins == 0, n - tl.sum(counts, 0), 0)
-    max_bits = tl.minimum(max_bits, INF_BITS - 1)
-    lower = tl.where(bins == 0, 0, (bins + FIRST_BIN) << BIN_SHIFT)
-    upper = tl.where(bins == BINS - 1, INF_BITS - 1, ((bins + FIRST_BIN + 1) << BIN_SHIFT) - 1)
-    before = tl.minimum(tl.where(bins == 0, 0, lower - 1), max_bits)
-    lower = tl.minimum(lower, max_bits)
-    upper = tl.minimum(upper, max_bits)
+    place = tl.arange(0, BINS)
+    counts = tl.load(segment.here + HISTOGRAM + place)  # 0 for bin 0
+    counts += tl.where(place == 0, segment.n - tl.sum(counts, 0), 0)
+    max_bits = tl.minimum(segment.max_bits, INF_BITS - 1)
+    lower = tl.where(place == 0, 0, (place + FIRST_BIN) << BIN_SHIFT)
+    upper = tl.where(place == BINS - 1, INF_BITS - 1, ((place + FIRST_BIN + 1) << BIN_SHIFT) - 1)
+    before = tl.where(place == 0, 0, lower - 1)
+    bins = Bins(counts, tl.minimum(before, max_bits), tl.minimum(lower, max_bits), tl.minimum(upper, max_bits))
     # Past the maximum there is nothing left to separate, whatever the sign of f.
-    return bracket_of_bins(counts, before, lower, upper, 0.0, tl.cast(0, tl.int64), 0, max_bits + 1, m, q)
+    return bracket_of_bins(bins, 0.0, tl.cast(0, tl.int64), 0, max_bits + 1, segment.m, segment.q.to(tl.float32))
 
 
 @triton.jit
@@ -88,61 +109,61 @@ def fine_shift(lo, hi):
 @triton.jit
 def finer_bracket(counts, base, outside, lo, hi, m, q):
     """The bracket by the counts of FINE_BINS bins of (lo, hi], and how many losses it holds."""
-    bins = tl.arange(0, FINE_BINS)
+    place = tl.arange(0, FINE_BINS)
     shift = fine_shift(lo, hi)
-    before = lo + tl.minimum(bins << shift, hi - lo)  # added first, it might not fit 32 bits
-    upper = lo + tl.minimum((bins + 1) << shift, hi - lo)
-    lower = tl.minimum(before + 1, upper)
-    return bracket_of_bins(counts, before, lower, upper, base, outside, lo, hi, m, q)
+    before = lo + tl.minimum(place << shift, hi - lo)  # added first, it might not fit 32 bits
+    upper = lo + tl.minimum((place + 1) << shift, hi - lo)
+    bins = Bins(counts, before, tl.minimum(before + 1, upper), upper)
+    return bracket_of_bins(bins, base, outside, lo, hi, m, q)
 
 
 @triton.jit
-def root_of_piece(t, above, powers, m, q):
+def root_of_piece(end, m, q):
     """t·(R(t)/c)^(1/q), an upper bound of α* (Newton's step in α^q), as a bit pattern; INF_BITS where c ≤ 0."""
-    c = m - above.to(tl.float64)
-    step = tl.exp2(tl.log2(tl.maximum(powers, 1e-300) / tl.where(c > 0, c, 1.0)) / q)
-    bits = float_bits((bits_float(t).to(tl.float64) * tl.minimum(step, 1e30)).to(tl.float32))
-    return tl.where((c > 0) & (t > 0) & (powers > 0), tl.minimum(bits, INF_BITS), INF_BITS)
+    c = m - end.above.to(tl.float64)
+    step = tl.exp2(tl.log2(tl.maximum(end.powers, 1e-300) / tl.where(c > 0, c, 1.0)) / q)
+    bits = float_bits((bits_float(end.bits).to(tl.float64) * tl.minimum(step, 1e30)).to(tl.float32))
+    return tl.where((c > 0) & (end.bits > 0) & (end.powers > 0), tl.minimum(bits, INF_BITS), INF_BITS)
 
 
 @triton.jit
-def propose(lo, lo_above, lo_powers, hi, hi_above, hi_powers, m, q):
-    """The next THRESHOLDS, strictly between lo and hi: about Newton's step, the chord and the middle.
+def propose(lo, hi, m, q):
+    """The next THRESHOLDS, strictly between the ends lo and hi: about Newton's step, the chord and the middle.
 
-    `above` and `powers` are |{ℓ > t}| and Σ_{ℓ ≤ t} (ℓ/t)^q at the two ends; 0 powers at hi: not known.
     Where neither end has a Newton step, as at p = 1, four thresholds cut the bracket into five.
     The bracket of bit patterns is halved at least, so there are never more than 31 rounds.
     """
     k = tl.arange(0, THRESHOLDS)
     # α* lies below both Newton steps. The chord of s·f(s^(1/q)), which is concave, bounds it from below.
-    newton = tl.minimum(root_of_piece(lo, lo_above, lo_powers, m, q), root_of_piece(hi, hi_above, hi_powers, m, q))
-    fifth = (hi - lo) // 5
-    middle = lo + (hi - lo) // 2
-    chord = lo + fifth
-    if (hi_powers > 0) & (lo > 0):
-        u = tl.exp2(q * (tl.log2(bits_float(lo).to(tl.float64)) - tl.log2(bits_float(hi).to(tl.float64))))
-        f_lo = tl.maximum(lo_above.to(tl.float64) + lo_powers - m, 0.0) * u
-        f_hi = m - hi_above.to(tl.float64) - hi_powers
+    newton = tl.minimum(root_of_piece(lo, m, q), root_of_piece(hi, m, q))
+    fifth = (hi.bits - lo.bits) // 5
+    middle = lo.bits + (hi.bits - lo.bits) // 2
+    chord = lo.bits + fifth
+    if (hi.powers > 0) & (lo.bits > 0):
+        u = tl.exp2(q * (tl.log2(bits_float(lo.bits).to(tl.float64)) - tl.log2(bits_float(hi.bits).to(tl.float64))))
+        f_lo = tl.maximum(lo.above.to(tl.float64) + lo.powers - m, 0.0) * u
+        f_hi = m - hi.above.to(tl.float64) - hi.powers
         u += (1 - u) * f_lo / (f_lo + f_hi)
-        edge = bits_float(hi).to(tl.float64) * tl.exp2(tl.log2(tl.maximum(u, 1e-300)) / q)
+        edge = bits_float(hi.bits).to(tl.float64) * tl.exp2(tl.log2(tl.maximum(u, 1e-300)) / q)
         chord = float_bits(edge.to(tl.float32)) - NUDGE
     if newton == INF_BITS:
-        t = lo + (k + 1) * fifth + (k + 1) // 2
+        t = lo.bits + (k + 1) * fifth + (k + 1) // 2
     else:
         t = tl.where(k == 0, newton + NUDGE, tl.where(k == 1, newton - NUDGE, tl.where(k == 2, chord, middle)))
-    return tl.minimum(tl.maximum(t, lo + 1), hi - 1)
+    return tl.minimum(tl.maximum(t, lo.bits + 1), hi.bits - 1)
 
 
 @triton.jit
-def narrow(t, above, powers, lo, lo_above, lo_powers, hi, hi_above, hi_powers, m):
-    """Move the ends of the bracket to the best of the thresholds t, with what was found there."""
+def narrow(lo, hi, t, above, powers, m):
+    """The ends moved to the best of the thresholds t, with what was found there."""
     is_lo = (above.to(tl.float64) + powers >= m) | (t == 0)
-    new_lo = tl.maximum(lo, tl.max(tl.where(is_lo, t, -1), 0))
-    new_hi = tl.minimum(hi, tl.min(tl.where(is_lo, INF_BITS, t), 0))
-    if new_lo > lo:
-        lo_above = tl.max(tl.where(t == new_lo, above, 0), 0)
-        lo_powers = tl.max(tl.where(t == new_lo, powers, 0.0), 0)
-    if new_hi < hi:
-        hi_above = tl.max(tl.where(t == new_hi, above, 0), 0)
-        hi_powers = tl.max(tl.where(t == new_hi, powers, 0.0), 0)
-    return new_lo, lo_above, lo_powers, new_hi, hi_above, hi_powers
+    lo_bits = tl.maximum(lo.bits, tl.max(tl.where(is_lo, t, -1), 0))
+    hi_bits = tl.minimum(hi.bits, tl.min(tl.where(is_lo, INF_BITS, t), 0))
+    lo_above, lo_powers, hi_above, hi_powers = lo.above, lo.powers, hi.above, hi.powers
+    if lo_bits > lo.bits:
+        lo_above = tl.max(tl.where(t == lo_bits, above, 0), 0)
+        lo_powers = tl.max(tl.where(t == lo_bits, powers, 0.0), 0)
+    if hi_bits < hi.bits:
+        hi_above = tl.max(tl.where(t == hi_bits, above, 0), 0)
+        hi_powers = tl.max(tl.where(t == hi_bits, powers, 0.0), 0)
+    return End(lo_bits, lo_above, lo_powers), End(hi_bits, hi_above, hi_powers)

@@ -4,7 +4,9 @@ What they rest on is in perf/NOTES.md and perf/results/static.csv: registers, sp
 run time.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ class StreamConfig(NamedTuple):
     block: int
     """Losses a tile."""
     warps: int
-    programs: int
+    per_multiprocessor: int
     """Programs launched for each multiprocessor: enough to fill it, few enough that one walks several tiles."""
 
 
@@ -32,7 +34,7 @@ class LogitsConfig(NamedTuple):
     block: int
     """Pixels a tile."""
     warps: int
-    programs: int
+    per_multiprocessor: int
     """As in `StreamConfig`."""
 
 
@@ -45,7 +47,7 @@ class PixelVectors(NamedTuple):
     """At most; below it all classes are one chunk."""
     block: int
     warps: int
-    programs: int
+    per_multiprocessor: int
 
 
 class ClassRows(NamedTuple):
@@ -61,7 +63,7 @@ class ClassRows(NamedTuple):
     wide_elements: int
     """The same, where a thread loads 16 bytes at once."""
     warps: int
-    programs: int
+    per_multiprocessor: int
 
 
 class SelectConfig(NamedTuple):
@@ -70,7 +72,7 @@ class SelectConfig(NamedTuple):
     block: int
     """Losses a tile."""
     warps: int
-    programs: int
+    per_multiprocessor: int
     """As in `StreamConfig`."""
     capacity: int
     """Losses of the bracket the short list can hold; if there are more, the last program walks all losses."""
@@ -106,13 +108,13 @@ class Table(NamedTuple):
 
 AMPERE = Table(
     pixels=(
-        PixelVectors(up_to=32, chunk=32, block=512, warps=4, programs=8),
-        PixelVectors(up_to=MAX_CLASSES, chunk=10, block=512, warps=4, programs=8),
+        PixelVectors(up_to=32, chunk=32, block=512, warps=4, per_multiprocessor=8),
+        PixelVectors(up_to=MAX_CLASSES, chunk=10, block=512, warps=4, per_multiprocessor=8),
     ),
-    rows=ClassRows(above=32, block=128, elements=1024, wide_elements=4096, warps=4, programs=8),
-    stream=StreamConfig(block=1024, warps=4, programs=8),
+    rows=ClassRows(above=32, block=128, elements=1024, wide_elements=4096, warps=4, per_multiprocessor=8),
+    stream=StreamConfig(block=1024, warps=4, per_multiprocessor=8),
     select=SelectConfig(
-        block=1024, warps=16, programs=4, capacity=8192, solve_block=1024, passes=(1 << 13, 1 << 19, 1 << 25)
+        block=1024, warps=16, per_multiprocessor=4, capacity=8192, solve_block=1024, passes=(1 << 13, 1 << 19, 1 << 25)
     ),
     forward_solve_block=128,
     sort=SortConfig(run=2048, lanes=128, warps=8, up_to=2048),
@@ -120,8 +122,8 @@ AMPERE = Table(
 # Above 24 classes, 4 pixels a thread would need more than 255 registers there: 2 then.
 BLACKWELL = AMPERE._replace(
     pixels=(
-        PixelVectors(up_to=24, chunk=24, block=512, warps=4, programs=8),
-        PixelVectors(up_to=32, chunk=32, block=256, warps=4, programs=8),
+        PixelVectors(up_to=24, chunk=24, block=512, warps=4, per_multiprocessor=8),
+        PixelVectors(up_to=32, chunk=32, block=256, warps=4, per_multiprocessor=8),
         AMPERE.pixels[-1],
     ),
 )
@@ -144,9 +146,27 @@ def table_for(capability: int) -> Table:
     return TABLES[known[-1] if known else min(TABLES)]
 
 
-@functools.cache
+_in_use: Table | None = None
+
+
+@contextlib.contextmanager
+def using(table: Table) -> Iterator[None]:
+    """For every device, while the context lasts: to measure and to test other configurations."""
+    global _in_use
+    before, _in_use = _in_use, table
+    try:
+        yield
+    finally:
+        _in_use = before
+
+
 def table(device: torch.device) -> Table:
     """The table for a device: the oldest one in the interpreter, and on AMD GPUs, which have another numbering."""
+    return _in_use or _table(device)
+
+
+@functools.cache
+def _table(device: torch.device) -> Table:
     if device.type != "cuda" or torch.version.hip:
         return table_for(0)
     major, minor = torch.cuda.get_device_capability(device)
@@ -157,7 +177,7 @@ def table(device: torch.device) -> Table:
 def pixel_config(table: Table, classes: int, adjacent_classes: bool = False) -> LogitsConfig:
     """For a number of classes; `perf/static.py` shows the registers it comes to."""
     if adjacent_classes:
-        return LogitsConfig(False, classes, table.rows.block, table.rows.warps, table.rows.programs)
+        return LogitsConfig(False, classes, table.rows.block, table.rows.warps, table.rows.per_multiprocessor)
     entry = next(entry for entry in table.pixels if classes <= entry.up_to)
     chunk = entry.chunk
     if classes <= chunk:
@@ -165,7 +185,7 @@ def pixel_config(table: Table, classes: int, adjacent_classes: bool = False) -> 
     else:
         # A chunk that divides the classes wastes no loads; otherwise the last one is masked.
         chunk = next((size for size in range(chunk, chunk * 2 // 3, -1) if classes % size == 0), chunk)
-    return LogitsConfig(False, chunk, entry.block, entry.warps, entry.programs)
+    return LogitsConfig(False, chunk, entry.block, entry.warps, entry.per_multiprocessor)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -174,7 +194,7 @@ def row_config(table: Table, classes: int, unit: int, itemsize: int) -> LogitsCo
     vector = min(unit, 16 // itemsize)  # what a thread loads at once
     chunk = min(32 * vector, 1 << (classes - 1).bit_length())
     elements = table.rows.wide_elements if vector * itemsize == 16 else table.rows.elements
-    return LogitsConfig(True, chunk, elements // chunk, table.rows.warps, table.rows.programs)
+    return LogitsConfig(True, chunk, elements // chunk, table.rows.warps, table.rows.per_multiprocessor)
 
 
 def passes_for(length: int, config: SelectConfig) -> int:
@@ -187,13 +207,15 @@ def solver_for(length: int, solver: str, config: SortConfig) -> str:
     return solver if solver != "auto" else "sort" if length <= config.up_to else "select"
 
 
-def programs(length: int, rows: int, config: StreamConfig | SelectConfig | LogitsConfig, device: torch.device) -> int:
+def programs_a_row(
+    length: int, rows: int, config: StreamConfig | SelectConfig | LogitsConfig, device: torch.device
+) -> int:
     """How many programs share the tiles of one row (an image or a segment), with `rows` rows in the launch.
 
     Grids have one dimension, rows × programs: the others end at 65535.
     """
     tiles = -(-length // config.block)
-    return min(tiles, -(-config.programs * multiprocessors(device) // rows))
+    return min(tiles, -(-config.per_multiprocessor * multiprocessors(device) // rows))
 
 
 @functools.cache

@@ -1,9 +1,13 @@
-"""How kernels are launched: through Triton the first time, by what it compiled from then on."""
+"""How kernels are launched: through Triton the first time, by what it compiled from then on.
+
+The arguments of a kernel are groups (NamedTuples) of tensors, None, numbers and groups; its constants come last.
+A number, field or argument, is annotated with its type.
+"""
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,56 +19,43 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 """What Triton compiled so far; nothing is kept in the interpreter."""
 
 
-TYPES = {tl.int32: "i32", tl.int64: "i64", tl.float32: "fp32"}
-"""What numbers among the arguments of a kernel may be annotated with, and what Triton calls it."""
+TYPICAL = {tl.int32: 3, tl.int64: 2**40 + 1, tl.float32: 0.5}
+"""The types of numbers, and a number of each that Triton compiles for as it does for any other. For a 1 and for what
+16 divides it would compile anew, in a group also where `do_not_specialize` says not to."""
 
 
 class TooLarge(RuntimeError):
     """The programs of a cooperative launch can't be on the device all at once. Nothing was launched."""
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """`triton.jit` for a kernel whose numbers change from call to call and never compile it anew.
-
-    Its arguments are tensors (or None), numbers, each annotated with its type, and constants, in this order.
-    """
-    parameters = inspect.signature(function).parameters.values()
-    return triton.jit(function, do_not_specialize=[x.name for x in parameters if x.annotation in TYPES])
-
-
 def launch(
     kernel: Any,
-    programs: int,
-    tensors: tuple[Tensor | None, ...],
-    numbers: tuple[int | float, ...],
-    constants: dict[str, Any],
+    grid: int,
+    arguments: tuple[Any, ...],
+    constants: tuple[Any, ...],
     warps: int,
     cooperative: bool = False,
 ) -> None:
-    """Launch `kernel` on the current device, where its tensors are.
+    """Launch `grid` programs of `kernel` on the current device, where its tensors are.
 
-    Triton looks at every argument of every launch, to find what it compiled for the like: about 20 µs. A kernel made by
-    `kernel` depends on its constants, the types of its tensors and whether they are aligned to 16 bytes, and on nothing
-    else: that is the key here. A launch then goes through `CompiledKernel.__getitem__`, which is public and runs the
-    hooks of profilers; settings of Triton that change how it compiles count for what is compiled after them.
+    Triton looks at every argument of every launch, to find what it compiled for the like: about 20 µs. What is compiled
+    here depends on the constants, the types of the tensors and whether they are aligned to 16 bytes, and on nothing
+    else: that is the key. A launch then goes through `CompiledKernel.__getitem__`, which is public and runs the hooks
+    of profilers; settings of Triton that change how it compiles count for what is compiled after them.
 
     Args:
-        programs: the size of the grid.
-        tensors, numbers, constants: the arguments of the kernel, in this order.
+        arguments, constants: of the kernel, in this order.
         cooperative: all programs are on the device at once, or the launch fails.
 
     Raises:
         TooLarge: they don't fit on it.
     """
-    key = _key(kernel, tensors, constants, warps, cooperative)
-    compiled = _compiled.get(key)
+    compiled = _ready(kernel, arguments, constants, warps, cooperative)
     if compiled is None:
-        compiled = _compile(key, kernel, tensors, numbers, constants, warps, cooperative)
-        if compiled is None:
-            kernel[programs,](*tensors, *numbers, **constants)  # the interpreter
-            return
+        kernel[grid,](*arguments, *constants)  # the interpreter
+        return
     try:
-        compiled[programs, 1, 1](*tensors, *numbers, *constants.values())
+        compiled[grid, 1, 1](*arguments, *constants)
     except RuntimeError as error:
         if cooperative and "cooperative" in str(error):
             raise TooLarge(str(error)) from error
@@ -72,66 +63,60 @@ def launch(
 
 
 def resident_programs(
-    kernel: Any,
-    tensors: tuple[Tensor | None, ...],
-    numbers: tuple[int | float, ...],
-    constants: dict[str, Any],
-    warps: int,
+    kernel: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int, device: torch.device
 ) -> int | None:
     """How many programs of a cooperative launch are on the device at once; None in the interpreter.
 
     From the registers and the shared memory of the compiled kernel. On a device whose limits are not known: 0.
     """
-    key = _key(kernel, tensors, constants, warps, True)
-    compiled = _compiled.get(key)
+    compiled = _ready(kernel, arguments, constants, warps, True)
     if compiled is None:
-        compiled = _compile(key, kernel, tensors, numbers, constants, warps, True)
-        if compiled is None:
-            return None
+        return None
     target = compiled.metadata.target
     limits = LIMITS.get(target.arch) if target.backend == "cuda" else None
     if limits is None:
         return 0
     compiled[1, 1, 1]  # loads it, which is when its registers are known
     room = programs_a_multiprocessor(limits, compiled.n_regs, compiled.metadata.shared, warps)
-    assert tensors[0] is not None
-    return room * multiprocessors(tensors[0].device)
+    return room * multiprocessors(device)
 
 
-def _key(
-    kernel: Any, tensors: tuple[Tensor | None, ...], constants: dict[str, Any], warps: int, cooperative: bool
-) -> tuple[Any, ...]:
-    key: list[Any] = [kernel, warps, cooperative]
-    for x in tensors:
-        if x is None:
-            key.append(None)
-        else:
-            key += (x.dtype, x.get_device(), x.data_ptr() & 15 == 0)
-    key += constants.values()
-    return tuple(key)
-
-
-def _compile(
-    key: tuple[Any, ...],
-    kernel: Any,
-    tensors: tuple[Tensor | None, ...],
-    numbers: tuple[int | float, ...],
-    constants: dict[str, Any],
-    warps: int,
-    cooperative: bool,
-) -> Any:
-    """Compile, and check that the key holds all the compiled kernel depends on; None in the interpreter."""
-    parameters = list(inspect.signature(kernel.fn).parameters.values())
-    kinds = [x.annotation in TYPES for x in parameters]
-    names = [x.name for x in parameters]
-    count = len(tensors) + len(numbers)
-    assert kinds == [False] * len(tensors) + [True] * len(numbers) + [False] * len(constants), (kernel, names)
-    assert names[count:] == list(constants), (kernel, names, list(constants))
-    if not isinstance(kernel, triton.JITFunction):
-        return None
-    options = {"launch_cooperative_grid": True} if cooperative else {}
-    compiled = kernel.warmup(
-        *tensors, *numbers, grid=(1,), **constants, num_warps=warps, enable_fp_fusion=True, **options
-    )
-    _compiled[key] = compiled
+def _ready(
+    kernel: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int, cooperative: bool
+) -> Any | None:
+    """What was compiled for the like of these arguments, compiled now if need be; None in the interpreter."""
+    key = [kernel, constants, warps, cooperative]
+    _describe(arguments, key)
+    compiled = _compiled.get(tuple(key))
+    if compiled is None and isinstance(kernel, triton.JITFunction):
+        compiled = _compiled[tuple(key)] = _compile(kernel, arguments, constants, warps, cooperative)
     return compiled
+
+
+def _describe(arguments: tuple[Any, ...], key: list[Any]) -> None:
+    """What a compiled kernel depends on: of tensors their type, of numbers nothing."""
+    for x in arguments:
+        if isinstance(x, Tensor):
+            key += (x.dtype, x.get_device(), x.data_ptr() & 15 == 0)
+        elif isinstance(x, tuple):
+            _describe(x, key)
+        elif x is None:
+            key.append(None)
+
+
+def _compile(kernel: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int, cooperative: bool) -> Any:
+    kinds = [parameter.annotation for parameter in inspect.signature(kernel.fn).parameters.values()]
+    assert kinds[len(arguments) :] == [tl.constexpr] * len(constants), kernel
+    typical = [_typical(x, kind) for x, kind in zip(arguments, kinds[: len(arguments)], strict=True)]
+    options = {"launch_cooperative_grid": True} if cooperative else {}
+    return kernel.warmup(*typical, *constants, grid=(1,), num_warps=warps, enable_fp_fusion=True, **options)
+
+
+def _typical(x: Any, kind: Any) -> Any:
+    """An argument with the numbers of `TYPICAL` in place of its own; kind: its annotation."""
+    if isinstance(x, tuple):
+        kinds = inspect.get_annotations(kind)
+        assert tuple(kinds) == x._fields, (x, kind)  # type: ignore[attr-defined]
+        return kind(*(_typical(field, kinds[name]) for name, field in zip(kinds, x, strict=True)))
+    assert isinstance(x, int | float) == (kind in TYPICAL), (x, kind)
+    return TYPICAL.get(kind, x)

@@ -65,29 +65,56 @@ def unit_of(*sizes: int) -> int:
     return math.gcd(16, *sizes)
 
 
+class Sizes(NamedTuple):
+    """Of an image, its dimensions merged as far as they go."""
+
+    pixels: tl.int32
+    size_1: tl.int32
+    """Of the last dimension but one."""
+    size_2: tl.int32
+
+
+class Strides(NamedTuple):
+    """Of a tensor (N, C, *spatial) or (N, *spatial), its spatial dimensions merged likewise."""
+
+    image: tl.int64
+    classes: tl.int64
+    """0 where there are none."""
+    step_0: tl.int64
+    step_1: tl.int64
+    step_2: tl.int64
+    """1 where the kernel is told so."""
+
+
 @triton.jit
-def pixel_offsets(
-    start, within, size_1, size_2, stride_0, stride_1, stride_2, ADJACENT: tl.constexpr, LEVELS: tl.constexpr
-):
+def times_unit(sizes, UNIT: tl.constexpr):
+    """Sizes in pixels, from those in units."""
+    return Sizes(sizes.pixels * UNIT, sizes.size_1, sizes.size_2 * UNIT)
+
+
+@triton.jit
+def pixel_offsets(start, within, sizes, strides, UNIT: tl.constexpr, ADJACENT: tl.constexpr, LEVELS: tl.constexpr):
     """Where the pixels start + within are: (64-bit offset of the tile, offsets inside it), in elements.
 
-    ADJACENT: stride_2 is 1. The offsets inside are 32-bit numbers where the pixels of a tile lie side by side.
+    sizes in pixels, strides in units. ADJACENT: the last stride is 1. The offsets inside are 32-bit numbers where the
+    pixels of a tile lie side by side.
     """
     if LEVELS == 1:
         base = tl.cast(start, tl.int64)
         offsets = within
         if not ADJACENT:
-            base = base * stride_2
-            offsets = within.to(tl.int64) * stride_2
+            base = base * (strides.step_2 * UNIT)
+            offsets = within.to(tl.int64) * (strides.step_2 * UNIT)
     else:
         base = tl.cast(0, tl.int64)
         pixel = start + within
-        rest = pixel // size_2
-        offsets = (pixel % size_2).to(tl.int64)
+        rest = pixel // sizes.size_2
+        offsets = (pixel % sizes.size_2).to(tl.int64)
         if not ADJACENT:
-            offsets = offsets * stride_2
+            offsets = offsets * (strides.step_2 * UNIT)
         if LEVELS == 2:
-            offsets += rest.to(tl.int64) * stride_1
+            offsets += rest.to(tl.int64) * (strides.step_1 * UNIT)
         else:
-            offsets += (rest % size_1).to(tl.int64) * stride_1 + (rest // size_1).to(tl.int64) * stride_0
+            offsets += (rest % sizes.size_1).to(tl.int64) * (strides.step_1 * UNIT)
+            offsets += (rest // sizes.size_1).to(tl.int64) * (strides.step_0 * UNIT)
     return base, offsets

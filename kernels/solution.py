@@ -1,7 +1,7 @@
 """What every solver starts from and ends with: the parameters of a segment, its solution, the reduced loss."""
 
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -11,16 +11,55 @@ from .. import types
 from .numerics import INF_BITS, Q_CAP, bits_float
 from .workspace import MAXIMUM, VALID, WORDS, take_ticket
 
+ALPHA, TAU, PIVOT, DROP, STEP, EXPONENT = map(tl.constexpr, range(len(types.SOLUTION_ROWS)))
+N, SATURATED = map(tl.constexpr, range(len(types.COUNT_ROWS)))
 UNIFORM_PIVOT = tl.constexpr(types.UNIFORM_PIVOT)
 
 
 class Parameters(NamedTuple):
-    """p and ratio as the solvers take them: the 64 bits of a float, or a float64 0-dim tensor on the device."""
+    """p and ratio as the solvers take them: the 64 bits of a float, or a float64 0-dim tensor on the device.
 
-    p: int
-    ratio: int
+    (A Python float would arrive as a float32, and p = 1.000001 as one whose q is 1 048 577.)
+    """
+
+    p: tl.int64
+    ratio: tl.int64
     p_tensor: Tensor | None
     ratio_tensor: Tensor | None
+
+
+class Outputs(NamedTuple):
+    """What every solver writes; `lmp_triton.types.Pooling` says what it means."""
+
+    solution: Tensor
+    """(6, S) float32"""
+    loss: Tensor
+    """(S,) float32"""
+    counts: Tensor
+    """(2, S) int64"""
+    value: Tensor
+    """() float32; with reduction "none" nothing is written there."""
+    segments: tl.int32
+    """S"""
+
+
+class Segment(NamedTuple):
+    """What all programs of a segment know when they start."""
+
+    index: Any
+    here: Any
+    """Where its words of the workspace begin."""
+    n: Any
+    max_bits: Any
+    """The largest loss as a bit pattern."""
+    m: Any
+    """float64, as p and q"""
+    p: Any
+    q: Any
+    poisoned: Any
+    """Whether its loss is NaN."""
+    fraction_bits: Any
+    """Of the fixed-point numbers that its sums are made of."""
 
 
 def parameters(p: float | Tensor, ratio: float | Tensor) -> Parameters:
@@ -38,21 +77,8 @@ def conjugate(p):
 
 
 @triton.jit
-def segment_parameters(segment_workspace, p, ratio):
-    """n, the largest loss as a bit pattern, m in float64, and whether the segment's loss is NaN."""
-    n = tl.load(segment_workspace + VALID, cache_modifier=".cg")
-    max_bits = tl.load(segment_workspace + MAXIMUM, cache_modifier=".cg").to(tl.int32)
-    m = tl.maximum(tl.minimum(ratio * n.to(tl.float64), n.to(tl.float64)), 1.0)
-    poisoned = (max_bits >= INF_BITS) | (p < 1) | (p != p) | (ratio <= 0) | (ratio > 1) | (ratio != ratio)
-    return n, max_bits, m, poisoned
-
-
-@triton.jit
 def load_parameter(bits, tensor):
-    """p or ratio as a float64: from a 0-dim tensor of that type if there is one, or the 64 bits of a Python float.
-
-    (A Python float would arrive as a float32, and p = 1.000001 as one whose q is 1 048 577.)
-    """
+    """p or ratio as a float64: from the tensor if there is one."""
     if tensor is not None:
         value = tl.load(tensor)
     else:
@@ -61,84 +87,85 @@ def load_parameter(bits, tensor):
 
 
 @triton.jit
-def write_solution(
-    workspace,
-    solution,
-    loss,
-    counts,
-    value,
-    segment,
-    segments,
-    pivot_bits,
-    above,
-    powers,
-    heavy,
-    ties,
-    n,
-    m,
-    p,
-    poisoned,
-    REDUCTION: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write a segment's entries of solution, loss and counts; the program that writes the last segment reduces.
-
-    above = |{ℓ > pivot}|, powers = R = Σ_{ℓ ≤ pivot} (ℓ/pivot)^q, heavy = Σ_{ℓ > pivot} ℓ, ties = |{ℓ = pivot}|. Then,
-    with c = m − above: α* = pivot·(R/c)^(1/q), and w*/τ = (ℓ/pivot)^(q−1)·(R/c)^(−(q−1)/q) up to the pivot.
-    """
-    exponent, q = conjugate(p)
-    c = m - above.to(tl.float64)
-    excess = tl.where(pivot_bits > 0, tl.maximum(powers / tl.where(c > 0, c, 1.0), 1.0), 1.0)
-    pivot = bits_float(pivot_bits)
-    log2_excess = tl.log2(excess)
-    alpha = pivot.to(tl.float64) * tl.exp2(log2_excess / q)
-    drop = log2_excess * (exponent / q)
-    some = tl.where(n > 0, n, 1).to(tl.float64)
-    tau = tl.exp2(-(tl.log2(some) / q + tl.log2(m) / p))
-    tau = tl.where(n > 0, tau, 0.0)
-    pooled = tau * (heavy + tl.where(pivot_bits > 0, c * alpha, 0.0))
-    saturated = above + tl.where((drop == 0) & (pivot_bits > 0), ties, 0)
-    uniform = (n > 0) & ((m >= n.to(tl.float64)) | (q == 1))  # the mean, zero losses included
-    pivot = tl.where(uniform, UNIFORM_PIVOT, pivot)
-    drop = tl.where(uniform, 0.0, drop)
-    saturated = tl.where(uniform, n, saturated)
-    alpha = tl.where(poisoned, float("nan"), alpha)
-    tau = tl.where(poisoned, float("nan"), tau)
-    pooled = tl.where(poisoned, float("nan"), pooled)
-
-    tl.store(solution + segment, alpha.to(tl.float32))
-    tl.store(solution + segments + segment, tau.to(tl.float32))
-    tl.store(solution + 2 * segments + segment, pivot)
-    tl.store(solution + 3 * segments + segment, drop.to(tl.float32))
-    tl.store(solution + 4 * segments + segment, tau.to(tl.float32))
-    tl.store(solution + 5 * segments + segment, exponent.to(tl.float32))
-    tl.store(loss + segment, pooled.to(tl.float32))
-    tl.store(counts + segment, n)
-    tl.store(counts + segments + segment, saturated)
-
-    if REDUCTION != "none":  # noqa: SIM102 (a constant: the ticket must not be drawn otherwise)
-        if take_ticket(workspace + segments.to(tl.int64) * WORDS) == segments - 1:
-            reduce_segments(solution, loss, counts, value, segments, REDUCTION, BLOCK)
+def load_segment(workspace, index, parameters, fraction_bits):
+    """From the statistics of stage one."""
+    p = load_parameter(parameters.p, parameters.p_tensor)
+    ratio = load_parameter(parameters.ratio, parameters.ratio_tensor)
+    _exponent, q = conjugate(p)
+    here = workspace + index * WORDS
+    n = tl.load(here + VALID, cache_modifier=".cg")
+    max_bits = tl.load(here + MAXIMUM, cache_modifier=".cg").to(tl.int32)
+    m = tl.maximum(tl.minimum(ratio * n.to(tl.float64), n.to(tl.float64)), 1.0)
+    poisoned = (max_bits >= INF_BITS) | (p < 1) | (p != p) | (ratio <= 0) | (ratio > 1) | (ratio != ratio)
+    return Segment(index, here, n, max_bits, m, p, q, poisoned, fraction_bits)
 
 
 @triton.jit
-def reduce_segments(solution, loss, counts, value, segments, REDUCTION: tl.constexpr, BLOCK: tl.constexpr):
+def write_solution(workspace, outputs, segment, pivot, heavy, ties, REDUCTION: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a segment's entries of solution, loss and counts; the program that writes the last segment reduces.
+
+    pivot: an `End` of the bracket, above = |{ℓ > pivot}| and powers = R = Σ_{ℓ ≤ pivot} (ℓ/pivot)^q; heavy =
+    Σ_{ℓ > pivot} ℓ, ties = |{ℓ = pivot}|. Then, with c = m − above: α* = pivot·(R/c)^(1/q), and
+    w*/τ = (ℓ/pivot)^(q−1)·(R/c)^(−(q−1)/q) up to the pivot.
+    """
+    n, m = segment.n, segment.m
+    exponent, q = conjugate(segment.p)
+    c = m - pivot.above.to(tl.float64)
+    excess = tl.where(pivot.bits > 0, tl.maximum(pivot.powers / tl.where(c > 0, c, 1.0), 1.0), 1.0)
+    log2_excess = tl.log2(excess)
+    alpha = bits_float(pivot.bits).to(tl.float64) * tl.exp2(log2_excess / q)
+    drop = log2_excess * (exponent / q)
+    some = tl.where(n > 0, n, 1).to(tl.float64)
+    tau = tl.exp2(-(tl.log2(some) / q + tl.log2(m) / segment.p))
+    tau = tl.where(n > 0, tau, 0.0)
+    pooled = tau * (heavy + tl.where(pivot.bits > 0, c * alpha, 0.0))
+    saturated = pivot.above + tl.where((drop == 0) & (pivot.bits > 0), ties, 0)
+    uniform = (n > 0) & ((m >= n.to(tl.float64)) | (q == 1))  # the mean, zero losses included
+    drop = tl.where(uniform, 0.0, drop)
+    saturated = tl.where(uniform, n, saturated)
+    alpha = tl.where(segment.poisoned, float("nan"), alpha)
+    tau = tl.where(segment.poisoned, float("nan"), tau)
+    pooled = tl.where(segment.poisoned, float("nan"), pooled)
+
+    segments = outputs.segments
+    solution = outputs.solution + segment.index
+    tl.store(solution + ALPHA * segments, alpha.to(tl.float32))
+    tl.store(solution + TAU * segments, tau.to(tl.float32))
+    tl.store(solution + PIVOT * segments, tl.where(uniform, UNIFORM_PIVOT, bits_float(pivot.bits)))
+    tl.store(solution + DROP * segments, drop.to(tl.float32))
+    tl.store(solution + STEP * segments, tau.to(tl.float32))
+    tl.store(solution + EXPONENT * segments, exponent.to(tl.float32))
+    tl.store(outputs.loss + segment.index, pooled.to(tl.float32))
+    counts = outputs.counts + segment.index
+    tl.store(counts + N * segments, n)
+    tl.store(counts + SATURATED * segments, saturated)
+
+    if REDUCTION != "none":  # noqa: SIM102 (a constant: the ticket must not be drawn otherwise)
+        if take_ticket(workspace + segments.to(tl.int64) * WORDS) == segments - 1:
+            reduce_segments(outputs, REDUCTION, BLOCK)
+
+
+@triton.jit
+def reduce_segments(outputs, REDUCTION: tl.constexpr, BLOCK: tl.constexpr):
     """The reduced loss, and for "mean" the steps: τ divided by the number of segments that have a valid pixel."""
+    segments = outputs.segments
     total = tl.zeros([BLOCK], tl.float64)
     filled = tl.zeros([BLOCK], tl.float64)
     for start in range(0, segments, BLOCK):
         index = start + tl.arange(0, BLOCK)
         inside = index < segments
-        total += tl.load(loss + index, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
-        there = tl.load(counts + index, mask=inside, other=0, cache_modifier=".cg") > 0
+        total += tl.load(outputs.loss + index, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
+        there = tl.load(outputs.counts + N * segments + index, mask=inside, other=0, cache_modifier=".cg") > 0
         filled += there.to(tl.float64)
     reduced = tl.sum(total, 0)
     if REDUCTION == "mean":
         scale = 1.0 / tl.maximum(tl.sum(filled, 0), 1.0)
         reduced = reduced * scale
+        taus = outputs.solution + TAU * segments
+        steps = outputs.solution + STEP * segments
         for start in range(0, segments, BLOCK):
             index = start + tl.arange(0, BLOCK)
             inside = index < segments
-            tau = tl.load(solution + segments + index, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
-            tl.store(solution + 4 * segments + index, (tau * scale).to(tl.float32), mask=inside)
-    tl.store(value, reduced.to(tl.float32))
+            tau = tl.load(taus + index, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
+            tl.store(steps + index, (tau * scale).to(tl.float32), mask=inside)
+    tl.store(outputs.value, reduced.to(tl.float32))

@@ -4,6 +4,8 @@ A segment has WORDS entries; one more entry, after the last segment, counts the 
 All of it is integers and filled by atomic adds and maxima, so the order of the programs leaves no trace.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -34,25 +36,42 @@ BIN_SHIFT = tl.constexpr(21)
 FIRST_BIN = tl.constexpr((127 - 11) * 4)
 
 
-@triton.jit
-def tally(loss, valid, maximum, count, histogram):
-    """Add a tile of losses, in registers, to the running statistics; returns the new ones.
+class Statistics(NamedTuple):
+    """Of the losses that a program has seen so far, in registers."""
 
-    maximum, count: int32, the shape of the tile, reduced once a program by `publish`. histogram: (BINS,) int32.
-    """
+    maximum: Any
+    """int32, the shape of a tile, as count: reduced once a program."""
+    count: Any
+    histogram: Any
+    """(BINS,) int32."""
+
+
+@triton.jit
+def no_statistics(BLOCK: tl.constexpr):
+    """Of no losses, for tiles of BLOCK."""
+    return Statistics(tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BINS], tl.int32))
+
+
+@triton.jit
+def tally(statistics, loss, valid):
+    """The statistics with a tile of losses added."""
     bits = tl.where(valid, float_bits(loss) & 0x7FFFFFFF, 0)
     bins = tl.minimum(tl.maximum((bits >> BIN_SHIFT) - FIRST_BIN, 0), BINS - 1)
-    return tl.maximum(maximum, bits), count + valid.to(tl.int32), histogram + tl.histogram(bins, BINS)
+    return Statistics(
+        tl.maximum(statistics.maximum, bits),
+        statistics.count + valid.to(tl.int32),
+        statistics.histogram + tl.histogram(bins, BINS),
+    )
 
 
 @triton.jit
-def publish(segment_workspace, maximum, count, histogram):
-    """Add a program's statistics to those of its segment: BINS + 2 atomics."""
-    tl.atomic_max(segment_workspace + MAXIMUM, tl.max(maximum, 0).to(tl.int64), sem="relaxed")
-    tl.atomic_add(segment_workspace + VALID, tl.sum(count, 0).to(tl.int64), sem="relaxed")
+def publish(here, statistics):
+    """Add a program's statistics to those of its segment, whose words begin here: BINS + 2 atomics."""
+    tl.atomic_max(here + MAXIMUM, tl.max(statistics.maximum, 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(here + VALID, tl.sum(statistics.count, 0).to(tl.int64), sem="relaxed")
     bins = tl.arange(0, BINS)
     # Bin 0 also holds ignored pixels; nobody reads it, n − Σ of the others is the true count.
-    tl.atomic_add(segment_workspace + HISTOGRAM + bins, histogram.to(tl.int64), mask=bins > 0, sem="relaxed")
+    tl.atomic_add(here + HISTOGRAM + bins, statistics.histogram.to(tl.int64), mask=bins > 0, sem="relaxed")
 
 
 @triton.jit

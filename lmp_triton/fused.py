@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from . import settings
-from .kernels import configs, forward, gradient, select, sort, weights, workspace
-from .kernels import cross_entropy as softmax
-from .kernels import losses as own_losses
+from .kernels import configs, forward, given_losses, gradient, select, sort, weighting, workspace
+from .kernels import cross_entropy as stage_one
 from .kernels.launch import TooLarge
 from .kernels.layout import layout_of
-from .kernels.solution import parameters
+from .kernels.logits import classes_adjacent
+from .kernels.solution import Outputs, parameters
 from .types import COUNT_ROWS, SOLUTION_ROWS, STEP, TAU, CrossEntropy, PixelLosses, Pool, Pooling, segments_of
 
 P = ParamSpec("P")
@@ -51,23 +51,23 @@ def _workspace(segments: int, device: torch.device) -> Tensor:
 @_on_its_device
 def softmax_losses(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, scope: str) -> PixelLosses:
     """See `types.Backend`; logits float16, bfloat16 or float32."""
-    target = _walkable(target, logits)
-    table = configs.table(logits.device)
+    inputs, buffers = _stage_one(logits, target, cross_entropy, scope)
+    stage_one.softmax_losses(inputs, buffers, configs.table(logits.device))
+    return _pixel_losses(buffers)
+
+
+def _stage_one(
+    logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, scope: str
+) -> tuple[stage_one.Inputs, stage_one.Buffers]:
     statistics = _workspace(segments_of(logits.shape[0], scope), logits.device)
-    pixel_losses, labels, nll = pixel_buffers(logits, cross_entropy)
-    softmax.softmax_losses(
-        logits,
-        target,
-        cross_entropy.weight,
-        cross_entropy.ignore_index,
-        cross_entropy.label_smoothing,
-        pixel_losses,
-        labels,
-        nll,
-        statistics,
-        table,
-    )
-    return PixelLosses(pixel_losses, (labels,) if nll is None else (labels, nll), statistics)
+    weight, ignore_index, label_smoothing, *_ = cross_entropy
+    inputs = stage_one.Inputs(logits, _walkable(target, logits), weight, ignore_index, label_smoothing)
+    return inputs, stage_one.Buffers(*pixel_buffers(logits, cross_entropy), statistics)
+
+
+def _pixel_losses(buffers: stage_one.Buffers) -> PixelLosses:
+    saved = (buffers.labels,) if buffers.nll is None else (buffers.labels, buffers.nll)
+    return PixelLosses(buffers.losses, saved, buffers.workspace)
 
 
 def _walkable(target: Tensor, logits: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def pixel_buffers(logits: Tensor, cross_entropy: CrossEntropy) -> tuple[Tensor, 
     classes = int(classes)  # a symbol where shapes are traced: C is a constant of the graph
     pixel_losses = torch.empty(images, math.prod(spatial), dtype=torch.float32, device=logits.device)
     labels = torch.empty_like(pixel_losses, dtype=torch.uint8 if classes <= 256 else torch.int16)
-    whole = table.rows.above if softmax.classes_adjacent(logits) else configs.pixel_config(table, classes).chunk
+    whole = table.rows.above if classes_adjacent(logits) else configs.pixel_config(table, classes).chunk
     plain = cross_entropy.weight is None and not cross_entropy.label_smoothing
     nll = torch.empty_like(pixel_losses) if classes > whole and not plain else None
     return pixel_losses, labels, nll
@@ -97,7 +97,7 @@ def marked_losses(losses: Tensor, mask: Tensor | None, scope: str) -> PixelLosse
     """See `types.Backend`."""
     statistics = _workspace(segments_of(losses.shape[0], scope), losses.device)
     pixel_losses = torch.empty(losses.shape, dtype=torch.float32, device=losses.device)
-    own_losses.mark_losses(losses, mask, pixel_losses, statistics, configs.table(losses.device).stream)
+    given_losses.mark_losses(losses, mask, pixel_losses, statistics, configs.table(losses.device).stream)
     return PixelLosses(pixel_losses, (), statistics)
 
 
@@ -109,42 +109,27 @@ def solve(pixels: PixelLosses, pool: Pool) -> Pooling:
     table = configs.table(losses.device)
     loss, pooling = pooling_buffers(len(losses), pool.reduction, losses.device)
     which = configs.solver_for(losses.shape[1], pool.solver, table.sort)
-    SOLVERS[which](losses, statistics, loss, pooling, pool, table)
+    SOLVERS[which](losses, statistics, _outputs(loss, pooling), pool, table)
     return pooling
 
 
-def _sort(losses: Tensor, statistics: Tensor, loss: Tensor, pooling: Pooling, pool: Pool, table: configs.Table) -> None:
+def _sort(losses: Tensor, statistics: Tensor, outputs: Outputs, pool: Pool, table: configs.Table) -> None:
     """Sort runs of losses, then search them."""
     runs = -(-losses.shape[1] // table.sort.run)
     width = losses.shape[0] * runs * table.sort.run
     scratch = torch.empty(1 if runs == 1 else 3, width, dtype=torch.int32, device=losses.device)
-    sort.sort(
-        losses,
-        scratch,
-        statistics,
-        pooling.solution,
-        loss,
-        pooling.counts,
-        pooling.value,
-        parameters(pool.p, pool.ratio),
-        pool.reduction,
-        table.sort,
-    )
+    given = parameters(pool.p, pool.ratio)
+    sort.solve_by_sorting(losses, scratch, statistics, outputs, given, pool.reduction, table.sort)
 
 
-def _select(
-    losses: Tensor, statistics: Tensor, loss: Tensor, pooling: Pooling, pool: Pool, table: configs.Table
-) -> None:
+def _select(losses: Tensor, statistics: Tensor, outputs: Outputs, pool: Pool, table: configs.Table) -> None:
     """Narrow a bracket around the threshold."""
     run = functools.partial(
-        select.select,
+        select.solve_by_selection,
         losses,
         _short_list(losses.shape[0], losses.shape[1], table.select, losses.device),
         statistics,
-        pooling.solution,
-        loss,
-        pooling.counts,
-        pooling.value,
+        outputs,
         parameters(pool.p, pool.ratio),
         pool.reduction,
         table.select,
@@ -173,6 +158,10 @@ def pooling_buffers(segments: int, reduction: str, device: torch.device) -> tupl
     return loss, Pooling(value, solution, counts)
 
 
+def _outputs(loss: Tensor, pooling: Pooling) -> Outputs:
+    return Outputs(pooling.solution, loss, pooling.counts, pooling.value, len(loss))
+
+
 def pool_logits(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, pool: Pool) -> tuple[PixelLosses, Pooling]:
     """See `types.Backend`: two launches or more, or one cooperative one where that is asked for."""
     if settings.cooperative() == "forward":
@@ -192,32 +181,14 @@ def pool_losses(losses: Tensor, mask: Tensor | None, pool: Pool) -> tuple[PixelL
 
 @_on_its_device
 def _forward(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, pool: Pool) -> tuple[PixelLosses, Pooling]:
-    target = _walkable(target, logits)
-    table = configs.table(logits.device)
+    inputs, buffers = _stage_one(logits, target, cross_entropy, pool.scope)
     segments = segments_of(logits.shape[0], pool.scope)
-    statistics = _workspace(segments, logits.device)
-    pixel_losses, labels, nll = pixel_buffers(logits, cross_entropy)
     loss, pooling = pooling_buffers(segments, pool.reduction, logits.device)
-    forward.forward(
-        logits,
-        target,
-        cross_entropy.weight,
-        cross_entropy.ignore_index,
-        cross_entropy.label_smoothing,
-        pixel_losses,
-        labels,
-        nll,
-        _short_list(segments, target.numel() // segments, table.select, logits.device),
-        statistics,
-        pooling.solution,
-        loss,
-        pooling.counts,
-        pooling.value,
-        parameters(pool.p, pool.ratio),
-        pool.reduction,
-        table,
-    )
-    return PixelLosses(pixel_losses, (labels,) if nll is None else (labels, nll), statistics), pooling
+    table = configs.table(logits.device)
+    short_list = _short_list(segments, target.numel() // segments, table.select, logits.device)
+    given = parameters(pool.p, pool.ratio)
+    forward.losses_and_solution(inputs, buffers, short_list, _outputs(loss, pooling), given, pool.reduction, table)
+    return _pixel_losses(buffers), pooling
 
 
 @_on_its_device
@@ -226,7 +197,8 @@ def total_weight(pixels: PixelLosses, solution: Tensor) -> Tensor:
     segments, device = solution.shape[1], solution.device
     rows = pixels.losses.view(segments, -1)
     totals = torch.zeros(segments, dtype=torch.int64, device=device)
-    weights.pixel_weights(rows, solution, solution[STEP], None, totals, configs.table(device).stream)
+    scale = weighting.scale_of(solution, solution[STEP])
+    weighting.pixel_weights(rows, scale, None, totals, configs.table(device).stream)
     return (totals.double() * 2.0 ** -configs.fraction_bits(rows.shape[1]) * solution[TAU]).float()
 
 
@@ -235,7 +207,7 @@ def pixel_weights(pixels: PixelLosses, solution: Tensor, grad_output: Tensor, dt
     """See `types.Backend`."""
     out = torch.empty_like(pixels.losses, dtype=dtype)
     rows, stream = pixels.losses.view(solution.shape[1], -1), configs.table(out.device).stream
-    weights.pixel_weights(rows, solution, grad_output, out.view_as(rows), None, stream)
+    weighting.pixel_weights(rows, weighting.scale_of(solution, grad_output), out.view_as(rows), None, stream)
     return out
 
 
@@ -253,8 +225,7 @@ def logits_gradient(
         rest[0] if rest else pixels.losses,
         cross_entropy.weight,
         cross_entropy.label_smoothing,
-        solution,
-        grad_output,
+        weighting.scale_of(solution, grad_output),
         grad,
         configs.table(logits.device),
     )
@@ -264,8 +235,8 @@ def logits_gradient(
 def gradient_buffer(logits: Tensor) -> Tensor:
     """Of the layout of the logits, where that is dense. Also what `lmp_triton.operators` tells a compiler."""
     grad = torch.empty_like(logits)
-    rows = softmax.classes_adjacent(logits)
-    if (rows and not softmax.classes_adjacent(grad)) or len(layout_of(logits, grad).sizes) > settings.MAX_LEVELS:
+    rows = classes_adjacent(logits)
+    if (rows and not classes_adjacent(grad)) or len(layout_of(logits, grad).sizes) > settings.MAX_LEVELS:
         # Expanded logits, say.
         images, classes, *spatial = logits.shape
         grad = torch.empty(images, *spatial, classes, dtype=logits.dtype, device=logits.device).movedim(-1, 1)

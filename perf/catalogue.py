@@ -1,276 +1,161 @@
-"""Every kernel as the launchers launch it: what to hand to `compiled.compile_for`."""
+"""Calls that launch every kernel in every variant, by the launchers themselves, on a stand-in for a GPU."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+from unittest import mock
 
-from lmp_triton.kernels import configs, cross_entropy, forward, gradient, losses, select, sort, weights
-from lmp_triton.kernels.launch import TYPES
+import torch
+from torch import Tensor
+
+import lmp_triton
+
+from .standin import Launch
+
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CLASSES = (2, 3, 19, 21, 32, 150, 847, 1024)
 
 
-class Launch(NamedTuple):
-    """A kernel, the types of its arguments, its constants and its warps."""
+class Case(NamedTuple):
+    """A call, and the names of its launches in their order, None for what another case shows."""
 
-    kernel: Any
-    signature: Mapping[str, str]
-    """The type of each argument that is no constant, as "*bf16" or "i32"."""
-    constants: Mapping[str, Any]
-    num_warps: int
+    call: Callable[[], object]
+    names: tuple[str | None, ...]
+
+
+def inputs(shape: tuple[int, ...], dtype: str = "bf16", layout: str = "contiguous") -> tuple[Tensor, Tensor]:
+    """Logits (N, C, H, W) and labels in memory that nobody has touched."""
+    images, classes, height, width = shape
+    if layout == "cropped":
+        logits = torch.empty(images, classes, height, 2 * width, dtype=TYPES[dtype])[..., :width]
+    else:
+        logits = torch.empty(shape, dtype=TYPES[dtype])
+    if layout == "channels_last":
+        logits = torch.empty(shape, dtype=TYPES[dtype], memory_format=torch.channels_last)
+    return logits.requires_grad_(), torch.empty(images, height, width, dtype=torch.long)
+
+
+def forward_and_backward(
+    shape: tuple[int, ...],
+    dtype: str = "bf16",
+    *,
+    layout: str = "contiguous",
+    cooperative: str = "",
+    weighted: bool = False,
+    **options: object,
+) -> None:
+    """One call and its gradient; cooperative: see `lmp_triton.settings`."""
+    logits, target = inputs(shape, dtype, layout)
+    weight = torch.empty(shape[1]) if weighted else None
+    with mock.patch.dict(os.environ, LMP_TRITON_COOPERATIVE=cooperative):
+        loss = lmp_triton.loss_max_pooling(
+            logits,
+            target,
+            weight=weight,
+            backend="triton",
+            **options,  # type: ignore[arg-type]
+        )
+    torch.autograd.grad(loss, logits, torch.empty_like(loss))
+
+
+def cases() -> list[Case]:
+    """All of them. Sizes are divisible by 4 and by nothing more, as 550·550 is, unless a name says otherwise."""
+    found = []
+
+    def add(call: Callable[..., object], *names: str | None, **options: object) -> None:
+        found.append(Case(lambda: call(**options), names))
+
+    def logits(name: str, classes: int, dtype: str = "bf16", width: int = 12, **options: object) -> None:
+        name = f"{dtype} C={classes}{name}"
+        names = (f"softmax_losses {name}", None, f"logits_gradient {name}")
+        add(forward_and_backward, *names, shape=(2, classes, 1, width), dtype=dtype, **options)
+
+    for classes in CLASSES:
+        for dtype in ("bf16", "fp32"):
+            logits("", classes, dtype)
+    for unit in (1, 2, 16):
+        logits(f" unit={unit}", 19, width=3 * unit)
+    for classes in (3, 19, 32, 150, 847, 1000):
+        logits(" channels_last", classes, layout="channels_last")
+    logits(" channels_last", 150, "fp32", layout="channels_last")
+    for classes in (19, 150):
+        logits(" weights smoothing", classes, weighted=True, label_smoothing=0.1)
+    logits("", 1024, "fp16")
+    cropped = ("softmax_losses bf16 C=19 cropped", None, "logits_gradient bf16 C=19 cropped")
+    add(forward_and_backward, *cropped, shape=(2, 19, 3, 12), layout="cropped")
+
+    def search(*names: str | None, shape: tuple[int, ...], **options: object) -> None:
+        add(forward_and_backward, None, *names, None, shape=shape, solver="select", **options)
+
+    short, longer, longest = (2, 2, 1, 2**12 + 4), (2, 2, 1, 2**13 + 4), (2, 2, 1, 2**19 + 4)
+    phases = ("first pass", "second pass", "after passes")
+    search("select", shape=short)
+    search("select, p and ratio tensors", shape=short, reduction="none", **_tensors())
+    search(*(f"select, {phase}" for phase in phases), shape=longest)
+    for text, shape in (("", short), (", one pass", longer), (", two passes", longest)):
+        search(f"select cooperative{text}", shape=shape, cooperative="solve")
+    for classes in (19, 150):
+        name = f"forward cooperative bf16 C={classes}"
+        shape = (2, classes, *longer[2:])
+        add(forward_and_backward, name, None, shape=shape, solver="select", cooperative="forward")
+    add(forward_and_backward, None, "sort one run", None, shape=(2, 2, 1, 12), solver="sort")
+    add(forward_and_backward, None, "sort runs", None, shape=short, solver="sort")
+    add(_weights, "mark_losses fp32", None, "pixel_weights fp32", "pixel_weights sums")
+    return found
+
+
+def _tensors() -> dict[str, Tensor]:
+    return {"p": torch.empty((), dtype=torch.float64), "ratio": torch.empty((), dtype=torch.float64)}
+
+
+def _weights() -> None:
+    losses, mask = torch.empty(2, 12), torch.empty(2, 12, dtype=torch.bool)
+    lmp_triton.optimal_weights(losses, mask, backend="triton")
+
+
+class Cost(NamedTuple):
+    """What a launch does to a pixel; what is read again from the cache not counted."""
+
     pixels: int
     """Pixels a tile."""
-    read: float = 0
-    """Bytes read a pixel, at least; what is read again from the cache not counted."""
+    read: float
+    """Bytes."""
     written: float = 0
-    """Bytes written a pixel."""
     again: tuple[int, int] | None = None
     """A loop over the classes, by its number in `Compiled.loops`, and how often it runs."""
-    cooperative: bool = False
 
 
-def _launch(
-    kernel: Any, pointers: Mapping[str, str | None], constants: Mapping[str, Any], warps: int, pixels: int, **more: Any
-) -> Launch:
-    """pointers: the type of each tensor, None where there is none."""
-    given = {name: f"*{type_}" for name, type_ in pointers.items() if type_}
-    none = {name: None for name, type_ in pointers.items() if not type_}
-    parameters = inspect.signature(kernel.fn).parameters.values()
-    numbers = {x.name: TYPES[x.annotation] for x in parameters if x.annotation in TYPES}
-    found = given.keys() | none.keys() | numbers.keys() | constants.keys()
-    assert found == {x.name for x in parameters}, (kernel, found ^ {x.name for x in parameters})
-    return Launch(kernel, given | numbers, none | dict(constants), warps, pixels, **more)
+def cost(launch: Launch) -> Cost:
+    """By what the kernel was given."""
+    task, constants, *rest = launch.arguments
 
+    def size(x: Tensor | None) -> int:
+        return 0 if x is None else x.element_size()
 
-SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+    def chunks(loop: int) -> tuple[int, int] | None:
+        times = -(-constants.classes // constants.chunk)
+        return (loop, times) if times > 1 else None
 
-
-def _logits(
-    table: configs.Table,
-    classes: int,
-    dtype: str,
-    weighted: bool,
-    smooth: bool,
-    unit: int,
-    layout: str,
-    gradient: bool,
-) -> tuple[configs.LogitsConfig, dict[str, str | None], dict[str, Any], bool]:
-    """The configuration, the tensors, the constants, and whether −log softmax is stored beside the losses."""
-    adjacent = layout == "channels_last"
-    rows = adjacent and classes > table.rows.above
-    if rows:
-        config = configs.row_config(table, classes, unit, SIZES[dtype])
-    else:
-        config = configs.pixel_config(table, classes, adjacent)
-    nll = (weighted or smooth) and (rows or classes > config.chunk)
-    pointers = {
-        "logits": dtype,
-        "weight": "fp32" if weighted else None,
-        "losses": "fp32",
-        "labels": "u8" if classes <= 256 else "i16",
-        "nll": "fp32" if nll else None,
-    }
-    constants = {
-        "CLASSES": classes,
-        "UNIT": unit if rows or not adjacent else 1,
-        "LEVELS": 2 if layout == "cropped" else 1,
-        "ADJACENT": not adjacent,
-        "OTHER_ADJACENT": not (adjacent and gradient),
-        "ROWS": rows,
-        "CHUNK": config.chunk,
-        "BLOCK": config.block,
-        "PER_IMAGE": True,
-        "SMOOTH": smooth,
-    }
-    return config, pointers, constants, nll
-
-
-def _chunks(loop: int, classes: int, config: configs.LogitsConfig) -> tuple[int, int] | None:
-    chunks = -(-classes // config.chunk)
-    return (loop, chunks) if chunks > 1 else None
-
-
-def softmax_losses(
-    classes: int,
-    dtype: str = "bf16",
-    *,
-    table: configs.Table = configs.AMPERE,
-    weighted: bool = False,
-    smooth: bool = False,
-    unit: int = 4,
-    layout: str = "contiguous",
-) -> Launch:
-    """unit: what divides the sizes, as `layout.unit_of`; layout: or "channels_last", "cropped"."""
-    config, pointers, constants, nll = _logits(table, classes, dtype, weighted, smooth, unit, layout, False)
-    return _launch(
-        cross_entropy.softmax_losses_kernel,
-        pointers | {"target": "i64", "workspace": "i64"},
-        constants,
-        config.warps,
-        config.block,
-        read=classes * SIZES[dtype] + 8,
-        written=4 + (1 if classes <= 256 else 2) + 4 * nll,
-        again=_chunks(1, classes, config),
-    )
-
-
-def logits_gradient(
-    classes: int,
-    dtype: str = "bf16",
-    *,
-    table: configs.Table = configs.AMPERE,
-    weighted: bool = False,
-    smooth: bool = False,
-    unit: int = 4,
-    layout: str = "contiguous",
-) -> Launch:
-    """As `softmax_losses`."""
-    config, pointers, constants, nll = _logits(table, classes, dtype, weighted, smooth, unit, layout, True)
-    return _launch(
-        gradient.logits_gradient_kernel,
-        pointers | {"nll": "fp32", "solution": "fp32", "grad_output": "fp32", "grad": dtype},
-        constants | {"WIDTH": 1 << (classes - 1).bit_length() if layout == "channels_last" and not config.rows else 0},
-        config.warps,
-        config.block,
-        read=classes * SIZES[dtype] + 4 + (1 if classes <= 256 else 2) + 4 * nll,
-        written=classes * SIZES[dtype],
-        again=_chunks(-1, classes, config),
-    )
-
-
-def mark_losses(
-    dtype: str = "fp32", *, table: configs.Table = configs.AMPERE, masked: bool = True, unit: int = 4
-) -> Launch:
-    """Losses of a user."""
-    return _launch(
-        losses.mark_losses_kernel,
-        {"values": dtype, "mask": "u8" if masked else None, "losses": "fp32", "workspace": "i64"},
-        {"UNIT": unit, "ADJACENT": True, "PER_IMAGE": True, "BLOCK": table.stream.block},
-        table.stream.warps,
-        table.stream.block,
-        read=SIZES[dtype] + masked,
-        written=4,
-    )
-
-
-_SOLUTION = {"solution": "fp32", "loss": "fp32", "counts": "i64", "value": "fp32"}
-
-
-def _parameters(tensors: bool) -> dict[str, str | None]:
-    """Whether p and ratio are read on the device."""
-    return dict.fromkeys(("p_tensor", "ratio_tensor"), "fp64" if tensors else None)
-
-
-def select_threshold(
-    reduction: str = "mean",
-    *,
-    table: configs.Table = configs.AMPERE,
-    passes: int = 0,
-    phases: tuple[int, int] = (0, 1),
-    wait: bool = False,
-    tensors: bool = False,
-    unit: int = 4,
-) -> Launch:
-    """passes: how many narrow the bracket; phases: from which to before which; tensors: p, ratio read on the device."""
-    config = table.select
-    return _launch(
-        select.select_kernel,
-        {"losses": "fp32", "short_list": "fp32", "workspace": "i64"} | _SOLUTION | _parameters(tensors),
-        {
-            "UNIT": unit,
-            "PASSES": passes,
-            "FIRST": phases[0],
-            "END": phases[1],
-            "WAIT": wait,
-            "REDUCTION": reduction,
-            "BLOCK": config.block,
-            "SOLVE_BLOCK": config.solve_block,
-        },
-        config.warps,
-        config.block,
-        read=4 * (phases[1] - phases[0]),
-        cooperative=wait,
-    )
-
-
-def forward_in_one(
-    classes: int,
-    dtype: str = "bf16",
-    *,
-    table: configs.Table = configs.AMPERE,
-    passes: int = 1,
-    unit: int = 4,
-) -> Launch:
-    """Losses and all phases of the solve."""
-    config, pointers, constants, _nll = _logits(table, classes, dtype, False, False, unit, "contiguous", False)
-    more = {
-        "LOSSES_UNIT": unit,
-        "PASSES": passes,
-        "REDUCTION": "mean",
-        "SOLVE_BLOCK": table.forward_solve_block,
-    }
-    return _launch(
-        forward.forward_kernel,
-        pointers | {"target": "i64", "workspace": "i64", "short_list": "fp32"} | _SOLUTION | _parameters(False),
-        constants | more,
-        config.warps,
-        config.block,
-        read=classes * SIZES[dtype] + 8 + 4 * (passes + 1),
-        written=4 + (1 if classes <= 256 else 2),
-        cooperative=True,
-    )
-
-
-def sort_runs(
-    reduction: str = "mean",
-    *,
-    table: configs.Table = configs.AMPERE,
-    one_run: bool = False,
-    tensors: bool = False,
-    unit: int = 4,
-) -> Launch:
-    """one_run: segments that fit in one."""
-    config = table.sort
-    scratch = {"sorted_runs": "i32", "powers": None if one_run else "fp32", "sums": None if one_run else "fp32"}
-    return _launch(
-        sort.sort_kernel,
-        {"losses": "fp32", "workspace": "i64"} | scratch | _SOLUTION | _parameters(tensors),
-        {
-            "REDUCTION": reduction,
-            "ONE_RUN": one_run,
-            "UNIT": unit,
-            "RUN": config.run,
-            "STEPS": config.run.bit_length(),
-            "LANES": config.lanes,
-        },
-        config.warps,
-        config.run,
-        read=4,
-        written=4 if one_run else 12,
-    )
-
-
-def pixel_weights(
-    dtype: str = "fp32",
-    *,
-    table: configs.Table = configs.AMPERE,
-    write: bool = True,
-    total: bool = False,
-    unit: int = 4,
-) -> Launch:
-    """The weights, or their sums."""
-    return _launch(
-        weights.pixel_weights_kernel,
-        {
-            "losses": "fp32",
-            "solution": "fp32",
-            "grad_output": "fp32",
-            "weights": dtype if write else None,
-            "totals": "i64" if total else None,
-        },
-        {"UNIT": unit, "BLOCK": table.stream.block},
-        table.stream.warps,
-        table.stream.block,
-        read=4,
-        written=SIZES[dtype] * write,
-    )
+    if launch.name == "softmax_losses_kernel":
+        given, made = task.inputs, task.buffers
+        read = constants.classes * size(given.logits) + size(given.target)
+        return Cost(constants.block, read, size(made.losses) + size(made.labels) + size(made.nll), chunks(1))
+    if launch.name == "logits_gradient_kernel":
+        logits = constants.classes * size(task.logits)
+        nll = 0 if task.nll.data_ptr() == task.losses.data_ptr() else size(task.nll)
+        return Cost(constants.block, logits + size(task.losses) + size(task.labels) + nll, logits, chunks(-1))
+    if launch.name == "forward_kernel":
+        given, made = task.inputs, task.buffers
+        losses, solution = rest
+        read = losses.classes * size(given.logits) + size(given.target) + 4 * (solution.passes + 1)
+        return Cost(losses.block, read, size(made.losses) + size(made.labels) + size(made.nll))
+    if launch.name == "select_kernel":
+        return Cost(constants.block, 4 * (constants.end - constants.first))
+    if launch.name == "sort_kernel":
+        return Cost(constants.run, 4, 4 if constants.one_run else 12)
+    if launch.name == "mark_losses_kernel":
+        return Cost(constants.block, size(task.given) + size(task.mask), size(task.losses))
+    assert launch.name == "pixel_weights_kernel"
+    return Cost(constants.block, size(task.losses), size(task.weights))

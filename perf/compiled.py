@@ -1,4 +1,4 @@
-"""Compile a Triton kernel for a GPU that is not there, and read what the compiler made of it."""
+"""What the compiler made of a Triton kernel."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)", re.MULTILINE)
@@ -49,6 +46,8 @@ class Compiled:
     """Bytes a program."""
     warp: int
     """Threads a warp."""
+    warps: int
+    """Warps a program."""
     opcodes: tuple[str, ...]
     """Instructions with their modifiers, in program order."""
     loads: Counter[int] = field(default_factory=Counter)
@@ -66,30 +65,8 @@ class Compiled:
         return sum(opcode.startswith(prefix) for opcode in self.opcodes)
 
 
-def target(architecture: int | str) -> GPUTarget:
-    """sm_… for a number, 10 · major + minor; an AMD architecture for a name."""
-    return GPUTarget("cuda", architecture, 32) if isinstance(architecture, int) else GPUTarget("hip", architecture, 64)
-
-
-def compile_for(
-    kernel: Any,
-    architecture: int | str,
-    signature: Mapping[str, str],
-    constants: Mapping[str, Any],
-    num_warps: int = 4,
-    cooperative: bool = False,
-) -> Compiled:
-    """Compile `kernel` for an architecture (see `target`) and disassemble it; pointers are divisible by 16.
-
-    Args:
-        signature: the type of each argument that is not a constant, as "*bf16" or "i32".
-        constants: the tl.constexpr arguments, and tensors that are None.
-    """
-    types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
-    options = {"num_warps": num_warps, "enable_fp_fusion": True, "launch_cooperative_grid": cooperative}
-    source = ASTSource(kernel, types, dict(constants), attrs)
-    built = triton.compile(source, target=target(architecture), options=options)
+def read(built: Any) -> Compiled:
+    """Disassemble what Triton compiled."""
     if "amdgcn" in built.asm:
         return _amd(built.asm["amdgcn"], built.metadata)
     numbers = resources(built.asm["cubin"])
@@ -103,6 +80,7 @@ def compile_for(
         numbers["STACK"] + numbers["LOCAL"],
         built.metadata.shared,
         32,
+        built.metadata.num_warps,
         opcodes,
         _widths(opcodes, "LDG"),
         _widths(opcodes, "STG"),
@@ -128,6 +106,7 @@ def _amd(assembly: str, metadata: Any) -> Compiled:
         numbers["private_segment_fixed_size"],
         metadata.shared,
         64,
+        metadata.num_warps,
         opcodes,
         found["load"],
         found["store"],

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 
@@ -58,6 +59,7 @@ def steps(n: int, p: float, name: str, losses: Tensor, solver: str) -> dict[str,
 
 
 def report_steps(arguments: argparse.Namespace) -> None:
+    blocks: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
         sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tests"))
@@ -72,18 +74,19 @@ def report_steps(arguments: argparse.Namespace) -> None:
             select=table.select._replace(block=1 << 17, solve_block=1 << 17),
             stream=table.stream._replace(block=1 << 17),
         )
-        configs.table = lambda device: table  # type: ignore[assignment]
+        blocks = configs.using(table)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
-    for n in arguments.lengths:
-        for name in KINDS:
-            losses = Losses(n, name).make(torch.device(device), n)[0].detach()[0]
-            for p in PS:
-                for solver in ("select", "sort"):
-                    if solver == "sort" and n > 60_000 and device == "cpu":
-                        continue  # minutes in the interpreter
-                    rows.append(steps(n, p, name, losses, solver))
-                    print(".", end="", file=sys.stderr, flush=True)
+    with blocks:
+        for n in arguments.lengths:
+            for name in KINDS:
+                losses = Losses(n, name).make(torch.device(device), n)[0].detach()[0]
+                for p in PS:
+                    for solver in ("select", "sort"):
+                        if solver == "sort" and n > 60_000 and device == "cpu":
+                            continue  # minutes in the interpreter
+                        rows.append(steps(n, p, name, losses, solver))
+                        print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     table = pd.DataFrame(rows)
     if arguments.csv:
@@ -92,25 +95,26 @@ def report_steps(arguments: argparse.Namespace) -> None:
 
 
 def report_code(arguments: argparse.Namespace) -> None:
-    from lmp_triton.perf import catalogue
-    from lmp_triton.perf.compiled import compile_for
+    from lmp_triton.perf import catalogue, static
+    from lmp_triton.perf.compiled import read
 
-    launches = {
-        "narrow_bracket, all losses": (catalogue.select_threshold(passes=1), 1),
-        "select, all losses": (catalogue.select_threshold(), 1),
-        "select, short list, a round": (catalogue.select_threshold(), 3),
-        "sort, one run, everything": (catalogue.sort_runs(one_run=True), 0),
-        "sort, runs, everything": (catalogue.sort_runs(), 0),
-        "softmax_losses bf16 C=19, for comparison": (catalogue.softmax_losses(19), 1),
+    loops = {  # the part of a kernel by the number of its loop, 0: all of it
+        "narrow_bracket, all losses": ("select, first pass", 1),
+        "select, all losses": ("select", 1),
+        "select, short list, a round": ("select", 3),
+        "sort, one run, everything": ("sort one run", 0),
+        "sort, runs, everything": ("sort runs", 0),
+        "softmax_losses bf16 C=19, for comparison": ("softmax_losses bf16 C=19", 1),
     }
+    launches = dict(static.launches(arguments.capability, {kernel for kernel, _loop in loops.values()}))
     rows = []
-    for name, (launch, loop) in launches.items():
-        code = compile_for(launch.kernel, arguments.capability, launch.signature, launch.constants, launch.num_warps)
+    for name, (kernel, loop) in loops.items():
+        code, pixels = read(launches[kernel].compiled), catalogue.cost(launches[kernel]).pixels
         counted = len(code.opcodes) if loop == 0 else code.loops[loop - 1]
         rows.append(
             {
                 "": name,
-                "instructions an element": counted * 32 * launch.num_warps / launch.pixels,
+                "instructions an element": counted * 32 * code.warps / pixels,
                 "registers": code.registers,
                 "in the whole kernel": len(code.opcodes),
                 "loops": " ".join(map(str, code.loops)),

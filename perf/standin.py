@@ -33,23 +33,29 @@ class Launch(NamedTuple):
     name: str
     programs: int
     cooperative: bool
+    arguments: tuple[Any, ...]
+    """Groups of tensors and numbers, then constants, as the kernel declares them."""
+    compiled: Any
+    """What Triton made of it."""
 
 
 class StandIn(contextlib.ExitStack):
     """Stands in for the driver of one GPU while the context lasts.
 
     Args:
-        capability: compute capability, 10 · major + minor.
+        architecture: compute capability, 10 · major + minor; or the name of an AMD architecture.
         multiprocessors: 132 as an H100 has.
         refuse: cooperative launches fail, as too large ones do.
     """
 
-    def __init__(self, capability: int = 90, multiprocessors: int = 132, refuse: bool = False) -> None:
+    def __init__(self, architecture: int | str = 90, multiprocessors: int = 132, refuse: bool = False) -> None:
         super().__init__()
         self.number = next(NUMBERS)
         self.launches: list[Launch] = []
         self.compiled: list[str] = []
-        self.target = GPUTarget("cuda", capability, 32)
+        nvidia = isinstance(architecture, int)
+        self.target = GPUTarget("cuda", architecture, 32) if nvidia else GPUTarget("hip", architecture, 64)
+        self.table = configs.table_for(architecture if isinstance(architecture, int) else 0)
         self.multiprocessors = multiprocessors
         self.refuse = refuse
         self.utils = types.SimpleNamespace(
@@ -64,7 +70,7 @@ class StandIn(contextlib.ExitStack):
         self.enter_context(mock.patch.object(launch, "_compiled", {}))
         self.enter_context(mock.patch.object(launch, "multiprocessors", lambda device: self.multiprocessors))
         self.enter_context(mock.patch.object(configs, "multiprocessors", lambda device: self.multiprocessors))
-        self.enter_context(mock.patch.object(configs, "table", lambda device: configs.table_for(self.target.arch)))
+        self.enter_context(configs.using(self.table))
         self.enter_context(mock.patch.object(settings, "interpreting", lambda: True))
         self.enter_context(mock.patch.object(checks, "on_host", lambda tensor: False))  # nothing was computed
         return self
@@ -75,13 +81,15 @@ class StandIn(contextlib.ExitStack):
         def call(programs: int, *rest: Any) -> None:
             if self.refuse and metadata.launch_cooperative_grid:
                 raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
-            self.launches.append(Launch(metadata.name, programs, metadata.launch_cooperative_grid))
+            compiled = next(built for built in launch._compiled.values() if built.metadata is metadata)
+            arguments = rest[-len(source.fn.arg_names) :]
+            self.launches.append(Launch(metadata.name, programs, metadata.launch_cooperative_grid, arguments, compiled))
 
         return call
 
     def _load(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
         self.compiled.append(name)
-        return object(), object(), resources(binary)["REG"], 0, 1024
+        return object(), object(), resources(binary)["REG"] if self.target.backend == "cuda" else 0, 0, 1024
 
     def get_current_target(self) -> GPUTarget:
         """What Triton compiles for."""

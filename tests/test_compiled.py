@@ -3,11 +3,15 @@
 LMP_TRITON_ARCHITECTURES, as "80 90", leaves some out; .ci/run does so for the oldest and the newest Triton.
 """
 
+import importlib
+import inspect
 import io
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,14 +144,45 @@ def test_the_reader_of_barriers_sees_a_missing_one():
     ) == (2, 1)
 
 
+def kernel_modules():
+    pytest.importorskip("triton")
+    from lmp_triton import kernels
+
+    names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
+    return [importlib.import_module(f"{kernels.__name__}.{name}") for name in names]
+
+
+def groups():
+    """The NamedTuples that kernels are given, with their fields and what these are annotated with."""
+    for module in kernel_modules():
+        for group in vars(module).values():
+            if isinstance(group, type) and hasattr(group, "_fields") and group.__module__ == module.__name__:
+                yield group, inspect.get_annotations(group)
+
+
 def test_offsets_are_64_bits_wide():
     """Strides are 64-bit arguments, whatever their values: no tensor is too large for a compiled kernel."""
-    pytest.importorskip("triton")
-    from lmp_triton.perf import catalogue
+    from lmp_triton.kernels.layout import Strides
+    from triton import language as tl
 
-    for launch in (catalogue.softmax_losses(19), catalogue.logits_gradient(19), catalogue.forward_in_one(19)):
-        strides = {name: kind for name, kind in launch.signature.items() if "stride" in name}
-        assert len(strides) >= 9 and set(strides.values()) == {"i64"}
+    assert set(inspect.get_annotations(Strides).values()) == {tl.int64}
+    found = [kind for _, fields in groups() for name, kind in fields.items() if name.endswith("stride")]
+    assert len(found) >= 5 and {kind for kind in found if kind is not Any} == {tl.int64}
+
+
+def test_no_long_lists_of_arguments():
+    """Of device functions and kernels: what belongs together travels together."""
+    from triton.runtime.jit import KernelInterface
+
+    functions = {
+        f"{module.__name__}.{name}": function.fn
+        for module in kernel_modules()
+        for name, function in vars(module).items()
+        if isinstance(function, KernelInterface)
+    }
+    assert len(functions) > 60
+    long = {name: len(inspect.signature(f).parameters) for name, f in functions.items()}
+    assert {name: count for name, count in long.items() if count > 9} == {}
 
 
 def test_pipelines():

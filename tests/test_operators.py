@@ -166,7 +166,7 @@ def test_auto_takes_triton_on_cuda_where_code_is_traced(monkeypatch):
     from torch.fx.experimental.proxy_tensor import make_fx
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(configs, "table", configs.table.__wrapped__)  # nothing is to be remembered of this
+    monkeypatch.setattr(configs, "_table", configs._table.__wrapped__)  # nothing is to be remembered of this
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     monkeypatch.delenv(settings.BACKEND, raising=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
