@@ -9,7 +9,7 @@ Nothing is compiled, read or started at import; Triton itself is imported on the
 
 from . import reference
 from .api import loss_max_pooling, obstacle, optimal_weights, pool_losses, upsampled_loss_max_pooling
-from .modules import LossMaxPooling
+from .modules import LossMaxPooling, UpsampledLossMaxPooling
 from .schedules import RatioSchedule, anneal
 from .types import PoolingStats
 
@@ -19,6 +19,7 @@ __all__ = [
     "LossMaxPooling",
     "PoolingStats",
     "RatioSchedule",
+    "UpsampledLossMaxPooling",
     "anneal",
     "loss_max_pooling",
     "obstacle",

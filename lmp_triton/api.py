@@ -103,7 +103,8 @@ def _from_logits(
     checks.labels(target, logits.shape[1], cross_entropy.ignore_index, check_targets)
     if logits.ndim == 2:  # rows are pixels of one image
         logits, target = logits.t().unsqueeze(0), target.unsqueeze(0)
-    backend = dispatch.choose(logits, backend, pool.solver, pool.scope, pool.group)
+    upsampled = cross_entropy.align_corners is not None
+    backend = dispatch.choose(logits, backend, pool.solver, pool.scope, pool.group, target if upsampled else None)
     if not target.numel() and pool.group is None:
         return _nothing(logits, pool, return_stats)
     return _result(autograd.from_logits(logits, target, cross_entropy, pool, backend), pool, backend, return_stats)
@@ -176,17 +177,54 @@ def optimal_weights(
 
 
 def upsampled_loss_max_pooling(
-    logits: Tensor, target: Tensor, *, align_corners: bool = False, **options: Any
+    logits: Tensor,
+    target: Tensor,
+    *,
+    align_corners: bool = False,
+    p: float | Tensor = 1.3,
+    ratio: float | Tensor = 0.25,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    scope: str = "image",
+    reduction: str = "mean",
+    group: Any = None,
+    backend: str = "auto",
+    solver: str = "auto",
+    return_stats: bool = False,
+    check_targets: bool = False,
 ) -> Tensor | tuple[Tensor, PoolingStats]:
     """`loss_max_pooling` of logits upsampled bilinearly to the size of target, without the large logits in memory.
 
+    Value and gradient are those of
+
+        large = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=align_corners)
+        loss_max_pooling(large, target, ...)
+
+    but what is read are the small logits and the labels, and what is written the small gradient and a few bytes a
+    pixel. Half-precision logits are interpolated in float32, where `F.interpolate` rounds the large ones.
+
+    With ratio=1 nothing is pooled and this is cross-entropy with the upsampling fused in: the mean over each image's
+    valid pixels; with scope="batch", and no class weights, `F.cross_entropy(large, target)`.
+
+    Args:
+        logits: (N, C, h, w), as in `loss_max_pooling`.
+        target: (N, H, W): the size to upsample to, for any ratio of the sizes, below 1 as well.
+        align_corners: as in `F.interpolate`. Most segmentation heads leave it False.
+        p, ratio, weight, ignore_index, label_smoothing, scope, reduction, group, backend, solver, return_stats,
+            check_targets: as in `loss_max_pooling`.
+
+    Returns:
+        As `loss_max_pooling`. A NaN or +inf logit spoils the segments of the valid pixels between it and its
+        neighbours.
+
     Raises:
-        NotImplementedError: always; it is not built yet.
+        As `loss_max_pooling`; ValueError for logits that don't have two spatial dimensions.
     """
-    raise NotImplementedError(
-        "upsampled_loss_max_pooling is not built yet; until then: "
-        "loss_max_pooling(F.interpolate(logits, target.shape[1:], mode='bilinear', align_corners=...), target)"
-    )
+    checks.align_corners(align_corners)
+    cross_entropy = CrossEntropy(weight, ignore_index, label_smoothing, align_corners)
+    pool = Pool(p, ratio, scope, reduction, solver, group)
+    return _from_logits(logits, target, cross_entropy, pool, backend, return_stats, check_targets)
 
 
 def obstacle(*, losses: Tensor | None = None, logits: Tensor | None = None, scope: str = "image") -> str | None:

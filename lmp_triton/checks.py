@@ -123,12 +123,12 @@ def cross_entropy(options: CrossEntropy) -> None:
 
 
 def logits_and_target(logits: Tensor, target: Tensor, options: CrossEntropy, scope: str) -> None:
-    """Shapes, types and devices of the tensors of `loss_max_pooling`."""
+    """Shapes, types and devices of the tensors of `loss_max_pooling` and `upsampled_loss_max_pooling`."""
     if logits.dtype not in LOSS_DTYPES:
         raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     if logits.ndim < 2 or logits.shape[1] < 1:
         raise ValueError(f"logits must have shape (N, C, *spatial), got {tuple(logits.shape)}")
-    if logits.ndim == 2 and scope == "image":
+    if logits.ndim == 2 and scope == "image" and options.align_corners is None:
         raise ValueError(
             f'logits of shape (N, C) = {tuple(logits.shape)} make every row a segment of one element: use scope="batch"'
         )
@@ -140,7 +140,9 @@ def logits_and_target(logits: Tensor, target: Tensor, options: CrossEntropy, sco
     if target.dtype not in TARGET_DTYPES:
         raise TypeError(f"target must be uint8, int8, int16, int32 or int64, got {target.dtype}")
     expected = (logits.shape[0], *logits.shape[2:])
-    if tuple(target.shape) != expected:
+    if options.align_corners is not None:
+        _upsampled(logits, target)
+    elif tuple(target.shape) != expected:
         raise ValueError(
             f"target must have shape (N, *spatial) = {expected} for logits {tuple(logits.shape)}, "
             f"got {tuple(target.shape)}"
@@ -151,6 +153,27 @@ def logits_and_target(logits: Tensor, target: Tensor, options: CrossEntropy, sco
             raise ValueError(f"{name} is on {tensor.device}, but logits are on {logits.device}")
     if weight is not None and weight.shape[0] != logits.shape[1]:
         raise ValueError(f"weight must have one entry a class, ({logits.shape[1]},), got {tuple(weight.shape)}")
+
+
+def align_corners(value: bool) -> None:
+    """Of upsampled logits."""
+    if not isinstance(value, bool):
+        raise TypeError(f"align_corners must be a bool, got {type(value).__name__}")
+
+
+def _upsampled(logits: Tensor, target: Tensor) -> None:
+    """Shapes where logits are upsampled to the size of the target."""
+    given = tuple(logits.shape)
+    if logits.ndim != 4 or 0 in logits.shape[2:]:
+        raise ValueError(
+            f"logits that are upsampled must have shape (N, C, h, w), got {given}: bilinear interpolation is of two "
+            "spatial dimensions; others interpolate first and call lmp_triton.loss_max_pooling"
+        )
+    if target.ndim != 3 or target.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"target must have shape (N, H, W) = ({logits.shape[0]}, H, W) for logits {given}, whatever H and W, "
+            f"got {tuple(target.shape)}"
+        )
 
 
 def labels(target: Tensor, classes: int, ignore_index: int, check_targets: bool) -> None:

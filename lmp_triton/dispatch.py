@@ -13,7 +13,14 @@ from .settings import BACKENDS, SOLVERS
 from .types import Backend
 
 
-def choose(values: Tensor, backend: str = "auto", solver: str = "auto", scope: str = "image", group: Any = None) -> str:
+def choose(
+    values: Tensor,
+    backend: str = "auto",
+    solver: str = "auto",
+    scope: str = "image",
+    group: Any = None,
+    target: Tensor | None = None,
+) -> str:
     """The backend that will serve a call on `values`: "triton" or "eager".
 
     Args:
@@ -23,6 +30,7 @@ def choose(values: Tensor, backend: str = "auto", solver: str = "auto", scope: s
             `LMP_TRITON_BACKEND` replaces "auto"; a name in the call wins over it.
         solver: "auto", or one of the kernels' solvers, "select" and "sort".
         group: the process group to pool over, or None. A rank may bring no pixel at all: that is "eager".
+        target: (N, H, W), if the logits are to be upsampled to its size.
 
     Raises:
         ValueError: an unknown name, or the backend asked for can't serve the call; the message says why.
@@ -34,13 +42,13 @@ def choose(values: Tensor, backend: str = "auto", solver: str = "auto", scope: s
     if backend == "auto":
         backend = settings.backend()
     if backend == "triton":
-        reason = obstacle(values, scope)
+        reason = obstacle(values, scope, target)
         if reason:
             raise ValueError(f'backend="triton" cannot serve this call: {reason}')
     elif backend == "auto":
         # What is exported is to run where this package and Triton are not installed.
         fit = values.device.type == "cuda" and not torch.compiler.is_exporting()
-        backend = "triton" if fit and not obstacle(values, scope) else "eager"
+        backend = "triton" if fit and not obstacle(values, scope, target) else "eager"
         # Nobody has run the kernels on AMD yet: there they are used when asked for by name.
         if torch.version.hip:
             backend = "eager"
@@ -49,13 +57,15 @@ def choose(values: Tensor, backend: str = "auto", solver: str = "auto", scope: s
     if group is not None:
         if solver != "auto":
             raise ValueError(f'solver={solver!r} chooses among kernels; with a group it must be "auto"')
-        if not values.numel():
+        if not (values if target is None else target).numel():
             return "eager"  # there is nothing to launch a kernel on, but the other ranks wait in the collectives
     return backend
 
 
-def obstacle(values: Tensor, scope: str = "image") -> str | None:
-    """Why the kernels can't take `values`, or None if they can."""
+def obstacle(values: Tensor, scope: str = "image", target: Tensor | None = None) -> str | None:
+    """Why the kernels can't take `values`, or None if they can; target: as in `choose`."""
+    if target is not None:
+        return "its kernels for upsampled logits are not built yet"
     if not settings.has_triton():
         return "Triton is not installed (it exists for Linux only)"
     if values.dtype not in settings.FUSED_DTYPES:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed
+from . import distributed, eager_upsampled
 from .settings import on_host
 from .types import IGNORED, STEP, TAU, UNIFORM_PIVOT, CrossEntropy, PixelLosses, Pool, Pooling, segments_of
 
@@ -79,6 +79,8 @@ def _exp_(x: Tensor) -> Tensor:
 
 def softmax_losses(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, scope: str) -> PixelLosses:
     """See `types.Backend`; scope is for the kernels."""
+    if cross_entropy.align_corners is not None:
+        return eager_upsampled.softmax_losses(logits, target, cross_entropy)
     logits, target = logits.flatten(2), target.flatten(1)
     n_chunks = _chunks(logits)
     slices = zip(_slices(logits, n_chunks), _slices(target, n_chunks), strict=True)
@@ -325,11 +327,14 @@ def logits_gradient(
     logits: Tensor, pixels: PixelLosses, solution: Tensor, grad_output: Tensor, cross_entropy: CrossEntropy
 ) -> Tensor:
     """See `types.Backend`."""
+    dtype = pixels.losses.dtype
+    weights = pixel_weights(pixels, solution, grad_output, dtype)
+    if cross_entropy.align_corners is not None:
+        return eager_upsampled.logits_gradient(logits, pixels, weights, cross_entropy)
     weight, label_smoothing = cross_entropy.weight, cross_entropy.label_smoothing
     shape, logits = logits.shape, logits.flatten(2)
     (labels,) = pixels.saved
-    classes, n_chunks, dtype = logits.shape[1], _chunks(logits), pixels.losses.dtype
-    weights = pixel_weights(pixels, solution, grad_output, dtype)
+    classes, n_chunks = logits.shape[1], _chunks(logits)
     hit = weights * (1 - label_smoothing)
     if weight is not None:
         weight = weight.to(dtype)

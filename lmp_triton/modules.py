@@ -1,4 +1,4 @@
-"""The loss as a module."""
+"""The losses as modules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .api import loss_max_pooling
+from .api import loss_max_pooling, upsampled_loss_max_pooling
 from .types import CrossEntropy, Pool, PoolingStats
 
 
@@ -71,22 +71,24 @@ class LossMaxPooling(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor | tuple[Tensor, PoolingStats]:
         """The loss of logits (N, C, *spatial) and target (N, *spatial)."""
-        return loss_max_pooling(
-            logits,
-            target,
-            p=self.p,
-            ratio=self.ratio,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            scope=self.scope,
-            reduction=self.reduction,
-            group=self.group,
-            backend=self.backend,
-            solver=self.solver,
-            return_stats=self.return_stats,
-            check_targets=self.check_targets,
-        )
+        return loss_max_pooling(logits, target, **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """The keywords of `lmp_triton.loss_max_pooling`, as they are now."""
+        return {
+            "p": self.p,
+            "ratio": self.ratio,
+            "weight": self.weight,
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+            "scope": self.scope,
+            "reduction": self.reduction,
+            "group": self.group,
+            "backend": self.backend,
+            "solver": self.solver,
+            "return_stats": self.return_stats,
+            "check_targets": self.check_targets,
+        }
 
     def extra_repr(self) -> str:
         """The options, in the order of the constructor."""
@@ -97,3 +99,49 @@ class LossMaxPooling(nn.Module):
             f"label_smoothing={self.label_smoothing:g}, scope={self.scope!r}, reduction={self.reduction!r}, "
             f"backend={self.backend!r}, solver={self.solver!r}"
         )
+
+
+class UpsampledLossMaxPooling(LossMaxPooling):
+    """`lmp_triton.upsampled_loss_max_pooling` as a module: `LossMaxPooling`, and `align_corners`."""
+
+    def __init__(
+        self,
+        p: float | Tensor = 1.3,
+        ratio: float | Tensor = 0.25,
+        *,
+        align_corners: bool = False,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        scope: str = "image",
+        reduction: str = "mean",
+        group: Any = None,
+        backend: str = "auto",
+        solver: str = "auto",
+        return_stats: bool = False,
+        check_targets: bool = False,
+    ) -> None:
+        super().__init__(
+            p,
+            ratio,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            scope=scope,
+            reduction=reduction,
+            group=group,
+            backend=backend,
+            solver=solver,
+            return_stats=return_stats,
+            check_targets=check_targets,
+        )
+        checks.align_corners(align_corners)
+        self.align_corners = align_corners
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor | tuple[Tensor, PoolingStats]:
+        """The loss of logits (N, C, h, w) and target (N, H, W)."""
+        return upsampled_loss_max_pooling(logits, target, align_corners=self.align_corners, **self.options())
+
+    def extra_repr(self) -> str:
+        """As of `LossMaxPooling`."""
+        return f"{super().extra_repr()}, align_corners={self.align_corners}"

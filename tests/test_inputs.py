@@ -71,11 +71,6 @@ def test_errors_of_the_other_levels(function, losses, options, error, says):
         function(losses, **options)
 
 
-def test_not_built_yet():
-    with pytest.raises(NotImplementedError, match="not built yet"):
-        lmp_triton.upsampled_loss_max_pooling(LOGITS, TARGET)
-
-
 @pytest.mark.parametrize("label", [-1, 3, 255, 10**12])
 def test_bad_label_on_the_cpu(backend, label):
     target = TARGET.clone()
