@@ -66,8 +66,8 @@ def obstacle(values: Tensor, scope: str = "image", target: Tensor | None = None)
     """Why the kernels can't take `values`, or None if they can; target: as in `choose`."""
     if target is not None:
         return "its kernels for upsampled logits are not built yet"
-    if not settings.has_triton():
-        return "Triton is not installed (it exists for Linux only)"
+    if settings.kernels_missing():
+        return settings.kernels_missing()
     if values.dtype not in settings.FUSED_DTYPES:
         return f"it takes float16, bfloat16 and float32, not {values.dtype}"
     if values.ndim > 2:

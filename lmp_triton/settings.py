@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -71,12 +73,38 @@ def _variable(name: str, values: tuple[str, ...], default: str) -> str:
     return value
 
 
-_FOUND = importlib.util.find_spec("triton") is not None  # here, since Dynamo can't trace the search
+def _kernels_found() -> bool:
+    """Whether the kernels can be imported.
+
+    A checkout in the current folder hides an installed package, and has beside it what an installation has inside:
+    there the folder of the checkout is made a part of the package.
+    """
+    if importlib.util.find_spec(f"{__package__}.kernels") is not None:
+        return True
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "pyproject.toml").exists() or not (checkout / "kernels").exists():
+        return False
+    sys.modules[__package__].__path__.append(str(checkout))
+    return True
+
+
+# Here, since Dynamo can't trace the search.
+_TRITON = importlib.util.find_spec("triton") is not None
+_KERNELS = _kernels_found()
 
 
 def has_triton() -> bool:
     """Whether Triton can be imported."""
-    return _FOUND
+    return _TRITON
+
+
+def kernels_missing() -> str | None:
+    """Why there are no kernels to launch, or None."""
+    if not has_triton():
+        return "Triton is not installed (it exists for Linux only)"
+    if not _KERNELS:
+        return f"{__package__} was imported from {Path(__file__).parent}, which has no kernels: a part of a checkout?"
+    return None
 
 
 def interpreting() -> bool:
