@@ -1,6 +1,8 @@
 """Triton's interpreter, faster: the kernels sort and scan, and it does that one loss at a time."""
 
+import contextlib
 import functools
+import inspect
 
 import numpy as np
 import triton.language as tl
@@ -54,14 +56,70 @@ def speed_up():
     ScanOps.generic_scan = scan_by_doubling
     numpy_type = functools.cache(interpreter._get_np_dtype)  # which makes a table of all types for every question
     interpreter._get_np_dtype = lambda dtype: ADDRESS if dtype.scalar.is_ptr() else numpy_type(dtype.scalar)
-    patched, call = set(), GridExecutor.__call__
+    patched = set()
 
-    def launch(self, *args, **kwargs):
+    def launch(self, *tensors_and_more, **named):
+        """What GridExecutor.__call__ does, with `run_programs` in place of its loops."""
+        named = {name: value for name, value in named.items() if name in inspect.getfullargspec(self.fn).args}
+        given, named_here = self._init_args_hst(tensors_and_more, named)
         patched.clear()
+        scope = interpreter._patch_lang(self.fn)
         try:
-            return call(self, *args, **kwargs)
+            arguments = inspect.getcallargs(self.fn, *given, **named_here)
+            converted = {
+                name: value if name in self.constexprs else interpreter._implicit_cvt(value)
+                for name, value in arguments.items()
+            }
+            (count,) = self.grid
+            interpreter.interpreter_builder.set_grid_dim(count, 1, 1)
+            run_programs(lambda: self.fn(**converted), count, list(tensors_in(arguments.values())))
+        except interpreter.InterpreterError:
+            raise
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
         finally:
+            scope.restore()
             patched.clear()
+        self._restore_args_dev(tensors_and_more, given, named, named_here)
 
     GridExecutor.__call__ = launch
     interpreter._patch_lang = lambda fn: patch_once(fn, patched)
+
+
+def tensors_in(values):
+    """The tensors among arguments, those inside of tuples too."""
+    for value in values:
+        if isinstance(value, tuple):
+            yield from tensors_in(value)
+        elif hasattr(value, "data_ptr"):
+            yield value
+
+
+def in_turn(program, count, tensors):
+    """Run the programs of a launch one after another."""
+    for number in range(count):
+        set_program(number)
+        program()
+
+
+def set_program(number):
+    """Which program the interpreter is in."""
+    interpreter.interpreter_builder.set_grid_idx(number, 0, 0)
+
+
+run_programs = in_turn
+"""How the programs of a launch are run: (program, count, tensors); a test may put another in its place."""
+
+
+@contextlib.contextmanager
+def replaced(**operations):
+    """Other operations in place of the interpreter's own for a while, which can be found where they were."""
+    builder = interpreter.interpreter_builder
+    before = {name: vars(builder)[name] for name in operations if name in vars(builder)}
+    vars(builder).update(operations)
+    try:
+        yield
+    finally:
+        for name in operations:
+            del vars(builder)[name]
+        vars(builder).update(before)

@@ -24,15 +24,15 @@ def ulps(a, b):
 @pytest.fixture
 def order_of_programs(monkeypatch):
     """Makes the interpreter visit the programs of every launch in another order."""
-    from triton.runtime.interpreter import interpreter_builder
-
-    original = interpreter_builder.set_grid_idx
+    import interpreter
 
     def use(order):
-        def set_grid_idx(x, y, z):
-            original(order(x, interpreter_builder.grid_dim[0]), y, z)
+        def run(program, count, tensors):
+            for number in range(count):
+                interpreter.set_program(order(number, count))
+                program()
 
-        monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx)
+        monkeypatch.setattr(interpreter, "run_programs", run)
 
     return use
 
