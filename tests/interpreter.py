@@ -72,7 +72,9 @@ def speed_up():
             }
             (count,) = self.grid
             interpreter.interpreter_builder.set_grid_dim(count, 1, 1)
-            run_programs(lambda: self.fn(**converted), count, list(tensors_in(arguments.values())))
+            for function in on_launch:
+                function(count, list(tensors_in(arguments.values())))
+            run_programs(lambda: self.fn(**converted), count)
         except interpreter.InterpreterError:
             raise
         except Exception as error:
@@ -95,7 +97,7 @@ def tensors_in(values):
             yield value
 
 
-def in_turn(program, count, tensors):
+def in_turn(program, count):
     """Run the programs of a launch one after another."""
     for number in range(count):
         set_program(number)
@@ -108,7 +110,9 @@ def set_program(number):
 
 
 run_programs = in_turn
-"""How the programs of a launch are run: (program, count, tensors); a test may put another in its place."""
+"""How the programs of a launch are run: (program, count); a test may put another in its place."""
+on_launch = []
+"""Who wants to hear of every launch: (count, tensors)."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Programs that really run beside each other in the interpreter: one thread each, and a scheduler that says whose turn it is.
+"""Programs that run beside each other in the interpreter: one thread each, and a scheduler that says whose turn it is.
 
     with scheduled(order) as scheduler: ...
 
@@ -12,10 +12,10 @@ import random
 import threading
 
 import interpreter
-from triton.runtime.interpreter import interpreter_builder
+from triton.runtime.interpreter import InterpreterError, interpreter_builder
 
 
-class Hang(Exception):
+class Hang(InterpreterError):
     """The programs of a launch wait for what never comes."""
 
 
@@ -53,10 +53,10 @@ class Scheduler:
         self.order, self.limit, self.resident = order, limit, resident
         self.most = self.turns = 0
 
-    def run(self, program, count, tensors):
+    def run(self, program, count):
         """In place of `interpreter.in_turn`."""
         if count == 1:
-            return interpreter.in_turn(program, count, tensors)
+            return interpreter.in_turn(program, count)
         self.most = max(self.most, count)
         resident = min(count, self.resident or count)
         waiting = list(range(resident, count))  # for a place on the device
@@ -82,7 +82,7 @@ class Scheduler:
             back.release()
             turns[number].acquire()
             if self.stopping:
-                raise Hang
+                raise Hang("stopped")
             interpreter.set_program(number)
 
         self.pause = pause
@@ -109,7 +109,10 @@ class Scheduler:
 
 @contextlib.contextmanager
 def scheduled(order, limit=20_000, resident=None):
-    """Run the programs of every launch so; `resident`: only so many at a time, the next when one has ended."""
+    """Run the programs of every launch so; `resident`: only so many at a time, the next when one has ended.
+
+    Enter it after `watch.watching`, which must see an atomic when it happens, not when its program is about to pause.
+    """
     scheduler = Scheduler(order, limit, resident)
     before = interpreter.run_programs
     rmw, barrier = interpreter_builder.create_atomic_rmw, interpreter_builder.create_barrier

@@ -27,7 +27,7 @@ def order_of_programs(monkeypatch):
     import interpreter
 
     def use(order):
-        def run(program, count, tensors):
+        def run(program, count):
             for number in range(count):
                 interpreter.set_program(order(number, count))
                 program()

@@ -1,7 +1,7 @@
 """Several programs of an image that wait for each other, in the interpreter: one thread each (tests/scheduler.py).
 
-The same bits as separate launches whatever order they run in, also where one hardly ever gets its turn; and a wait for what
-never comes is found.
+The same bits as separate launches whatever order they run in, also where one hardly ever gets its turn; and a wait for
+what never comes is found.
 """
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 from support import CUDA, configure, labelled
 
 import lmp_triton
-from lmp_triton import dispatch
+from lmp_triton import settings
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(CUDA, reason="schedules the interpreter; perf/stress.py --cooperative does so on a GPU")
@@ -42,12 +42,12 @@ def run(logits, target, p=1.3, solver="select"):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("cooperative", dispatch.COOPERATIVE)
+@pytest.mark.parametrize("cooperative", settings.WAYS)
 def test_the_same_bits_in_every_order(rng, monkeypatch, room, order, cooperative):
     logits, target = labelled((2, 20, 31), 4)
     expected = run(logits, target)
-    monkeypatch.setenv(dispatch.COOPERATIVE_VARIABLE, cooperative)
-    with scheduled(ORDERS[order]) as scheduler, watching():
+    monkeypatch.setenv(settings.COOPERATIVE, cooperative)
+    with watching(), scheduled(ORDERS[order]) as scheduler:
         found = run(logits, target)
     assert scheduler.most >= 6 and scheduler.turns > 20  # several programs an image, which took turns
     for one, other in zip(found, expected, strict=True):
@@ -57,14 +57,14 @@ def test_the_same_bits_in_every_order(rng, monkeypatch, room, order, cooperative
 @pytest.mark.parametrize("cooperative", ["solve", "forward"])
 def test_an_oversized_launch_hangs_and_is_found(rng, monkeypatch, room, cooperative):
     """What a cooperative launch is for: with fewer programs on the device than wait for each other, none goes on."""
-    monkeypatch.setenv(dispatch.COOPERATIVE_VARIABLE, cooperative)
+    monkeypatch.setenv(settings.COOPERATIVE, cooperative)
     logits, target = labelled((1, 20, 31), 4)
-    with pytest.raises(Hang), scheduled(round_robin, limit=3000, resident=2):
+    with pytest.raises(Hang), scheduled(round_robin, limit=3000, resident=1):
         run(logits, target)
 
 
 def test_a_flag_that_nobody_raises_is_found(rng, monkeypatch, room):
-    monkeypatch.setenv(dispatch.COOPERATIVE_VARIABLE, "solve")
+    monkeypatch.setenv(settings.COOPERATIVE, "solve")
     monkeypatch.setattr(select, "raise_flag", lambda flag: None)
     logits, target = labelled((1, 20, 31), 4)
     with pytest.raises(Hang), scheduled(round_robin, limit=3000):
@@ -76,7 +76,7 @@ def test_sorting_takes_turns_too(rng, monkeypatch, order):
     configure(monkeypatch, sort={"run": 128, "lanes": 4})
     logits, target = labelled((2, 20, 31), 4)
     expected = run(logits, target, solver="sort")
-    with scheduled(ORDERS[order]) as scheduler, watching():
+    with watching(), scheduled(ORDERS[order]) as scheduler:
         found = run(logits, target, solver="sort")
     assert scheduler.most >= 6
     for one, other in zip(found, expected, strict=True):
@@ -99,7 +99,7 @@ def test_a_relay(order):
     """raise_flag and wait_for by themselves: what was written before the flag is read after the wait."""
     flag, data = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
     out = torch.full((5,), -1, dtype=torch.int32)
-    with scheduled(ORDERS[order]), watching():
+    with watching(), scheduled(ORDERS[order]):
         relay[(5,)](flag, data, out, 3, 5)
     assert out.tolist() == [0, 3, 6, 9, 12]
 

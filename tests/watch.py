@@ -105,11 +105,9 @@ class Watch:
                 left = left[place < 0]
             if not len(left):
                 return found
-        near = min(
-            self.regions,
-            key=lambda r: min(abs(int(left[0]) - r.start), abs(int(left[0]) - r.start - r.size * len(r.inside))),
-        )
-        self.fault(f"{what} element {(int(left[0]) - near.start) / near.size:g}, which is none, next to", near)
+        address = int(left[0])
+        near = min(self.regions, key=lambda r: abs(address - r.start - r.size * len(r.inside) / 2))
+        return self.fault(f"{what} element {(address - near.start) / near.size:g}, which is none, next to", near)
 
     def unordered(self, history, places):
         """Whether another program touched one of these and this one has not heard of it."""
@@ -184,7 +182,7 @@ def watching(read_only=(), races=True):
     """Watch every launch; `races`: their order too, not the addresses alone."""
     import interpreter as ours
 
-    watch, builder, run = Watch(read_only, races), interpreter_builder, ours.run_programs
+    watch, builder = Watch(read_only, races), interpreter_builder
     load, store, rmw, cas = (
         getattr(builder, f"create_{name}") for name in ("masked_load", "masked_store", "atomic_rmw", "atomic_cas")
     )
@@ -205,11 +203,7 @@ def watching(read_only=(), races=True):
         watch.changes(ptr.data, np.ones_like(ptr.data, bool), rest[-2])
         return cas(ptr, *rest)
 
-    def run_programs(program, count, tensors):
-        watch.start(count, tensors)
-        run(program, count, tensors)
-
-    ours.run_programs = run_programs
+    ours.on_launch.append(watch.start)
     try:
         with ours.replaced(
             create_masked_load=masked_load,
@@ -220,4 +214,4 @@ def watching(read_only=(), races=True):
         ):
             yield watch
     finally:
-        ours.run_programs = run
+        ours.on_launch.remove(watch.start)
