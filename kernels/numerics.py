@@ -24,6 +24,16 @@ def bits_float(bits):
 
 
 @triton.jit
+def rounded(product):
+    """A product ≥ 0 (or NaN) as the float32 it is, also in a sum across lanes.
+
+    Without, each lane fuses its own product into the first addition: a·b + round(c·d) in one, c·d + round(a·b) in
+    another, and then not all lanes hold the same sum, though it counts as one value.
+    """
+    return tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def exponent_bits(x):
     """The biased exponent of x ≥ 0 (float32), kept where its `normaliser` is a normal number."""
     return tl.minimum(tl.maximum(float_bits(x) >> 23, 1), 253)

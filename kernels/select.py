@@ -153,6 +153,8 @@ def narrow_bracket(share, segment, capacity, flag, PASS: tl.constexpr, WAIT: tl.
             tl.store(here + LO, lo.to(tl.int64))
             tl.store(here + HI, hi.to(tl.int64))
             tl.store(here + INSIDE, inside)
+            if WAIT:
+                tl.debug_barrier()  # one thread stores them, and all load them in the next phase
     else:
         low = bits_float(lo)
         shift = fine_shift(lo, hi)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .logits import load_classes, load_row, within_classes
-from .numerics import LOG2E
+from .numerics import LOG2E, rounded
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the running maximum starts here: −inf − (−inf) would be NaN
 
@@ -90,5 +90,5 @@ def softmax_of_rows(tile, weight, x_label, SMOOTH: tl.constexpr, C: tl.constexpr
         if SMOOTH:
             dot += tl.where(there, class_weight(weight, classes, CLASSES) * (x - x_label), 0.0)
     highest = tl.max(peak, 1)
-    total = tl.sum(total * tl.exp2((peak - highest[:, None]) * LOG2E), 1)
+    total = tl.sum(rounded(total * tl.exp2((peak - highest[:, None]) * LOG2E)), 1)
     return highest, total, tl.sum(dot, 1)

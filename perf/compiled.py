@@ -29,6 +29,8 @@ AMD_WIDTHS = {
     "dwordx4": 128,
 }
 MEMORY = re.compile(r"\b(?:st|red|atom)\.")
+SHUFFLE = re.compile(r"\bshfl\.sync\.\S+\s+(%\w+)")
+FUSED = re.compile(r"\bfma\.rn\.\S+\s+%\w+, %\w+, %\w+, (%\w+);")
 RELEASE = re.compile(r"\b(?:atom|red)\S*\.(?:release|acq_rel)\b")
 
 
@@ -59,6 +61,8 @@ class Compiled:
     """Atomics that publish what other threads of the program wrote."""
     unguarded: int = 0
     """Those of them without a barrier of the program between them and what was written before."""
+    lopsided: int = 0
+    """Products fused into a sum with another lane's: the two lanes come to different sums."""
 
     def count(self, prefix: str) -> int:
         """How many instructions start with `prefix`."""
@@ -87,6 +91,7 @@ def read(built: Any) -> Compiled:
         _loops(sass),
         releases,
         unguarded,
+        _lopsided(built.asm["ptx"]),
     )
 
 
@@ -135,6 +140,12 @@ def _releases(ptx: str) -> tuple[int, int]:
         if MEMORY.search(line) and "shared" not in line:
             synchronised = False
     return releases, unguarded
+
+
+def _lopsided(ptx: str) -> int:
+    """How many fused multiply-adds add to what came straight from another lane."""
+    shuffled = set(SHUFFLE.findall(ptx))
+    return sum(addend in shuffled for addend in FUSED.findall(ptx))
 
 
 def _loops(sass: str) -> tuple[int, ...]:

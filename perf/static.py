@@ -85,6 +85,7 @@ def row(name: str, launch: Launch, architecture: int | str) -> dict[str, object]
         "ns bandwidth": round(by_bandwidth, 5),
         "release atomics": code.releases,
         "unguarded": code.unguarded,
+        "lopsided": code.lopsided,
     }
 
 

@@ -132,6 +132,21 @@ def test_a_barrier_before_each_release(table):
     assert table.loc["select cooperative, two passes", "release atomics"] == 6  # a ticket and a flag a pass, 2 tickets
 
 
+def test_lanes_come_to_the_same_sums(table):
+    """What counts as one value has the same bits in every lane that holds it, whichever of them stores it."""
+    nvidia(table)
+    assert (table["lopsided"] == 0).all()
+
+
+def test_the_reader_of_sums_sees_a_lopsided_one():
+    pytest.importorskip("triton")
+    from lmp_triton.perf.compiled import _lopsided
+
+    good = "shfl.sync.bfly.b32 %r9, %r8, 16, 31, -1;\nadd.f32 %r10, %r8, %r9;\nfma.rn.f32 %r1, %r2, %r3, %r10;"
+    assert _lopsided(good) == 0
+    assert _lopsided(good.replace("add.f32 %r10, %r8, %r9", "fma.rn.f32 %r10, %r6, %r7, %r9")) == 1
+
+
 def test_the_reader_of_barriers_sees_a_missing_one():
     pytest.importorskip("triton")
     from lmp_triton.perf.compiled import _releases
