@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("torchvision")
 pytest.importorskip("torchmetrics")
@@ -24,18 +25,21 @@ def pair(height, width):
 @pytest.mark.parametrize("size", [(40, 60), (20, 90), (12, 9)])
 def test_image_and_labels_stay_aligned(size):
     image, target = pair(*size)
-    kept = image.clone(), target.clone()
+    kept, seen = (image.clone(), target.clone()), 0
     transform = transforms.training(24, mean=(0.5,) * 3, std=(1.0,) * 3)
     for seed in range(20):
         pixel = tuple(int(torch.randint(length, ())) for length in size) if seed % 2 else None
         crop, labels = apply(transform, image, target, pixel, seed)
         assert crop.shape == (3, 24, 24) and labels.shape == (24, 24)
-        inside = labels != IGNORED
-        # At the edges of blocks the image is interpolated, the label map is not.
-        error = (255 * (crop[0] + 0.5) - 60 * labels).abs()[inside]
-        assert error.median() < 1 and (error < 61).float().mean() > 0.9
-        outside = crop[:, ~inside].abs()
-        assert not outside.numel() or outside.median() < 0.01  # the mean colour
+        # At the edges of blocks the image is interpolated and the label map is not, and of what ends there the crop's
+        # edge may show a trace: look two pixels away from both.
+        around = labels[None].float()
+        calm = (F.max_pool2d(around, 5, 1, 2) == -F.max_pool2d(-around, 5, 1, 2))[0]
+        calm[:2] = calm[-2:] = calm[:, :2] = calm[:, -2:] = False
+        value = torch.where(labels == IGNORED, 255 * 0.5, 60.0 * labels)  # padding has the mean colour
+        assert (255 * (crop[:, calm] + 0.5) - value[calm]).abs().max() < 2
+        seen += int((calm & (labels != IGNORED)).sum())
+    assert seen > 200
     assert torch.equal(image, kept[0]) and torch.equal(target, kept[1])
 
 
