@@ -143,6 +143,8 @@ def test_pooling_is_the_loss_and_says_alpha_and_the_saturated_share():
 def test_bad_options_are_named():
     with pytest.raises(ValueError, match="name must be one of"):
         build_criterion("hinge")
+    with pytest.raises(ValueError, match="ratio must be"):
+        build_criterion("top-k", ratio=0)
     with pytest.raises(ValueError, match="probability must be"):
         build_criterion("threshold", probability=0)
     with pytest.raises(ValueError, match="gamma must be"):

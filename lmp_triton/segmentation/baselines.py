@@ -36,7 +36,7 @@ class Criterion(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor, return_stats: bool = False) -> Tensor | tuple[Tensor, Statistics]:
         """The loss, or with return_stats (loss, what there is to log: 0-dim tensors without a graph)."""
-        loss, statistics = self._loss(_upsampled(logits, target), target)
+        loss, statistics = self._loss(logits, target)
         return (loss, statistics) if return_stats else loss
 
     def _loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Statistics]:
@@ -64,6 +64,12 @@ class CrossEntropy(Criterion):
         self.register_buffer("weight", weight)
 
     def _loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Statistics]:
+        if _coarse(logits, target):  # with ratio=1 nothing is pooled: the mean, with the upsampling fused in
+            loss = lmp_triton.upsampled_loss_max_pooling(
+                logits, target, ratio=1.0, scope="batch", weight=self.weight, ignore_index=self.ignore_index
+            )
+            assert isinstance(loss, Tensor)
+            return loss, {}
         total = F.cross_entropy(
             logits.float(), target, weight=self.weight, ignore_index=self.ignore_index, reduction="sum"
         )
@@ -75,15 +81,19 @@ class Pooling(Criterion):
 
     p = 1 is online bootstrapping by top-k: the mean of the share `ratio` of the pixels with the largest losses.
     Logged: `alpha` (the largest of the images, the threshold on the losses) and `saturated`, the share of the valid
-    pixels that have the largest weight.
+    pixels that have the largest weight. `ratio` may be changed between steps, by `lmp_triton.RatioSchedule` for one.
     """
 
     def __init__(self, p: float = 1.3, ratio: float = 0.25, ignore_index: int = 255) -> None:
         super().__init__(ignore_index)
-        self.pool = lmp_triton.LossMaxPooling(p, ratio, ignore_index=ignore_index, return_stats=True)
+        lmp_triton.LossMaxPooling(p, ratio)  # complains of a bad value now, not in the first step
+        self.p, self.ratio = p, ratio
 
     def _loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Statistics]:
-        loss, stats = self.pool(logits, target)
+        pool = lmp_triton.upsampled_loss_max_pooling if _coarse(logits, target) else lmp_triton.loss_max_pooling
+        loss, stats = pool(
+            logits, target, p=self.p, ratio=self.ratio, ignore_index=self.ignore_index, return_stats=True
+        )
         saturated = stats.saturated.sum() / stats.valid.sum().clamp(min=1)
         return loss, {"alpha": stats.alpha.max(), "saturated": saturated}
 
@@ -105,7 +115,8 @@ class Threshold(Criterion):
         self.probability, self.least = probability, least
 
     def _loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Statistics]:
-        losses = F.cross_entropy(logits.float(), target, ignore_index=self.ignore_index, reduction="none").flatten()
+        logits = _upsampled(logits, target)
+        losses = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="none").flatten()
         valid = (target != self.ignore_index).flatten()
         ranked = losses.detach().masked_fill(~valid, -1.0)
         least = ranked.topk(max(1, int(self.least * ranked.numel())), sorted=True).values[-1]
@@ -131,7 +142,7 @@ class Library(Criterion):
     def _loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Statistics]:
         if not bool((target != self.ignore_index).any()):
             return logits.float().sum() * 0.0, {}
-        return self.loss(logits.float(), target), {}
+        return self.loss(_upsampled(logits, target), target), {}
 
 
 def median_frequency_weights(counts: ArrayLike) -> Tensor:
@@ -210,7 +221,12 @@ def build_criterion(name: str, *, ignore_index: int = 255, **options: Any) -> Cr
     return CRITERIA[name](ignore_index=ignore_index, **options)
 
 
+def _coarse(logits: Tensor, target: Tensor) -> bool:
+    return logits.shape[-2:] != target.shape[-2:]
+
+
 def _upsampled(logits: Tensor, target: Tensor) -> Tensor:
-    if logits.shape[-2:] == target.shape[-2:]:
-        return logits
-    return F.interpolate(logits, size=target.shape[-2:], mode="bilinear", align_corners=False)
+    """Logits in float32 at the resolution of the target."""
+    if _coarse(logits, target):
+        return F.interpolate(logits.float(), size=target.shape[-2:], mode="bilinear", align_corners=False)
+    return logits.float()
