@@ -1,5 +1,8 @@
 """What several tests share: the machine they run on, inputs, the oracle, every way to a solution."""
 
+import importlib
+
+import pytest
 import torch
 
 from lmp_triton import reference
@@ -41,3 +44,18 @@ def labelled(shape, classes, dtype=torch.float32, device="cpu", ignored=0.1, ign
     target = torch.randint(classes, (n, *spatial))
     target[torch.rand(target.shape) < ignored] = ignore_index
     return logits, target.to(device)
+
+
+class Later:
+    """A module that is imported when a test first uses it: for what is slow to import.
+
+    The test is skipped where one of the packages that the module needs is not installed.
+    """
+
+    def __init__(self, name, *needs):
+        self._name, self._needs = name, needs
+
+    def __getattr__(self, attribute):
+        for package in self._needs:
+            pytest.importorskip(package)
+        return getattr(importlib.import_module(self._name), attribute)

@@ -3,14 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support import Later
 
-pytest.importorskip("torchvision")
-pytest.importorskip("torchmetrics")
+transforms = Later("lmp_triton.segmentation.transforms", "torchvision")
 
-from torchvision import tv_tensors
-
-from lmp_triton.segmentation import transforms
-from lmp_triton.segmentation.transforms import ScaledCrop, apply
 
 IGNORED = 255
 
@@ -29,7 +25,7 @@ def test_image_and_labels_stay_aligned(size):
     transform = transforms.training(24, mean=(0.5,) * 3, std=(1.0,) * 3)
     for seed in range(20):
         pixel = tuple(int(torch.randint(length, ())) for length in size) if seed % 2 else None
-        crop, labels = apply(transform, image, target, pixel, seed)
+        crop, labels = transforms.apply(transform, image, target, pixel, seed)
         assert crop.shape == (3, 24, 24) and labels.shape == (24, 24)
         # At the edges of blocks the image is interpolated and the label map is not, and of what ends there the crop's
         # edge may show a trace: look two pixels away from both.
@@ -46,7 +42,7 @@ def test_image_and_labels_stay_aligned(size):
 def test_at_scale_1_the_crop_is_a_piece_of_the_image_with_the_pixel_in_its_middle():
     image, target = torch.randint(0, 256, (3, 30, 40), dtype=torch.uint8), torch.randint(0, 200, (30, 40))
     for row, column in ((15, 20), (0, 0), (29, 39), (3, 38)):
-        crop, labels = apply(ScaledCrop(9, (1.0, 1.0)), image, target, (row, column))
+        crop, labels = transforms.apply(transforms.ScaledCrop(9, (1.0, 1.0)), image, target, (row, column))
         top, left = min(max(row - 4, 0), 21), min(max(column - 4, 0), 31)
         assert torch.equal(crop, image[:, top : top + 9, left : left + 9])
         assert torch.equal(labels, target[top : top + 9, left : left + 9])
@@ -54,7 +50,7 @@ def test_at_scale_1_the_crop_is_a_piece_of_the_image_with_the_pixel_in_its_middl
 
 def test_without_a_pixel_every_place_is_as_likely():
     image, target = torch.zeros(3, 1, 14, dtype=torch.uint8), torch.arange(14)[None]
-    first = [int(apply(ScaledCrop(1, (1.0, 1.0)), image, target)[1][0, 0]) for _ in range(1400)]
+    first = [int(transforms.apply(transforms.ScaledCrop(1, (1.0, 1.0)), image, target)[1][0, 0]) for _ in range(1400)]
     count = torch.bincount(torch.tensor(first), minlength=14)
     assert count.min() > 50 and count.max() < 155
 
@@ -63,7 +59,9 @@ def test_without_a_pixel_every_place_is_as_likely():
 def test_an_object_grows_by_the_scale(scale):
     target = torch.zeros(200, 200, dtype=torch.uint8)
     target[90:110, 95:105] = 1
-    _, labels = apply(ScaledCrop(60, (scale, scale)), torch.zeros(3, 200, 200, dtype=torch.uint8), target, (100, 100))
+    _, labels = transforms.apply(
+        transforms.ScaledCrop(60, (scale, scale)), torch.zeros(3, 200, 200, dtype=torch.uint8), target, (100, 100)
+    )
     rows, columns = (labels == 1).any(1).sum(), (labels == 1).any(0).sum()
     assert abs(int(rows) - 20 * scale) <= 1 and abs(int(columns) - 10 * scale) <= 1
 
@@ -73,7 +71,7 @@ def test_the_scale_is_uniform_and_the_flip_even():
     target[190:210, 190:200], target[190:210, 200:210] = 1, 2
     transform, scales, flips = transforms.training(100), [], 0
     for seed in range(150):
-        _, labels = apply(transform, image, target, (200, 200), seed)
+        _, labels = transforms.apply(transform, image, target, (200, 200), seed)
         scales.append(float((labels > 0).any(1).sum()) / 20)
         first, second = ((labels == c).nonzero()[:, 1].float().mean() for c in (1, 2))
         flips += int(first > second)
@@ -88,11 +86,15 @@ def test_a_point_follows_what_comes_before_the_crop():
 
     image, target = torch.zeros(3, 50, 80, dtype=torch.uint8), torch.zeros(50, 80, dtype=torch.uint8)
     target[10, 70] = 3
-    transform = v2.Compose([v2.RandomHorizontalFlip(1.0), v2.RandomVerticalFlip(1.0), ScaledCrop(5, (1.0, 1.0))])
-    assert apply(transform, image, target, (10, 70))[1][2, 2] == 3
+    transform = v2.Compose(
+        [v2.RandomHorizontalFlip(1.0), v2.RandomVerticalFlip(1.0), transforms.ScaledCrop(5, (1.0, 1.0))]
+    )
+    assert transforms.apply(transform, image, target, (10, 70))[1][2, 2] == 3
 
 
 def test_evaluation_has_nothing_random():
+    from torchvision import tv_tensors
+
     image = torch.randint(0, 256, (3, 6, 7), dtype=torch.uint8)
     result = transforms.evaluation()(tv_tensors.Image(image))
     mean, std = (torch.tensor(x)[:, None, None] for x in (transforms.MEAN, transforms.STD))
@@ -101,6 +103,6 @@ def test_evaluation_has_nothing_random():
 
 def test_bad_options_are_named():
     with pytest.raises(ValueError, match="size must be"):
-        ScaledCrop(0)
+        transforms.ScaledCrop(0)
     with pytest.raises(ValueError, match="scale must be"):
-        ScaledCrop(3, (1.5, 0.5))
+        transforms.ScaledCrop(3, (1.5, 0.5))

@@ -1,14 +1,18 @@
 """The criteria: equal to their definitions, blind to ignored pixels, never NaN, at coarser logits as at full ones."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("segmentation_models_pytorch")
-
 import lmp_triton
 from lmp_triton.segmentation.baselines import CRITERIA, build_criterion, median_frequency_weights
+
+pytestmark = pytest.mark.skipif(
+    find_spec("segmentation_models_pytorch") is None, reason="segmentation_models_pytorch, of the extra segmentation"
+)
 
 COUNTS = np.array([[10, 30, 0, 0], [40, 0, 8, 0]])
 NEEDED = {"inverse-median-frequency": {"counts": COUNTS}}

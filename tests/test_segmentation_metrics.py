@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from support import Later
 
-pytest.importorskip("torchmetrics")
-
-from lmp_triton.segmentation.metrics import IoU
+metrics = Later("lmp_triton.segmentation.metrics", "torchmetrics")
 
 
 def definition(predicted, target, classes, ignored):
@@ -23,7 +22,7 @@ def test_iou_over_batches_is_its_definition(ignored):
     logits, target = torch.randn(5, 6, 7, 8), torch.randint(0, 4, (5, 7, 8))  # 4 is only predicted
     logits[:, 5] = -9  # neither in the target nor predicted
     target[torch.rand(target.shape) < 0.3] = ignored
-    metric = IoU(6, ignored)
+    metric = metrics.IoU(6, ignored)
     metric.update(logits[:2], target[:2])
     metric.update(logits[2:].argmax(1), target[2:])
     result, expected = metric.compute(), definition(logits.argmax(1), target, 6, ignored)
@@ -37,22 +36,24 @@ def test_iou_over_batches_is_its_definition(ignored):
 
 def test_counts_decay():
     right = torch.zeros(1, 10, dtype=torch.long)
-    metric = IoU(2, decay=0.9)
+    metric = metrics.IoU(2, decay=0.9)
     metric.update(1 - right, right)
     metric.update(right, right)
     assert float(metric.compute()["per_class"][0]) == pytest.approx(10 / (10 + 9))
     with pytest.raises(ValueError, match="decay"):
-        IoU(2, decay=0)
+        metrics.IoU(2, decay=0)
 
 
 def test_two_ranks_are_added():
     """As torchmetrics adds them: the states of all ranks, summed."""
     target = torch.randint(0, 3, (4, 5, 5))
     predicted = torch.randint(0, 3, (4, 5, 5))
-    whole, one, other = IoU(3), IoU(3), IoU(3)
+    whole, one, other = metrics.IoU(3), metrics.IoU(3), metrics.IoU(3)
     whole.update(predicted, target)
     one.update(predicted[:1], target[:1])
     other.update(predicted[1:], target[1:])
-    both = IoU(3, dist_sync_fn=lambda x, group: [one.confmat, other.confmat], distributed_available_fn=lambda: True)
+    both = metrics.IoU(
+        3, dist_sync_fn=lambda x, group: [one.confmat, other.confmat], distributed_available_fn=lambda: True
+    )
     both.update(predicted[:1], target[:1])
     assert torch.equal(both.compute()["per_class"], whole.compute()["per_class"])

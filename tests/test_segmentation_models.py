@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from support import Later
 from torch import nn
 
-pytest.importorskip("torchvision")
-
-from lmp_triton.segmentation import models
+models = Later("lmp_triton.segmentation.models", "torchvision")
 
 
 @pytest.fixture(scope="module")

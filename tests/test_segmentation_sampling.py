@@ -5,11 +5,11 @@ import io
 import numpy as np
 import pytest
 import torch
+from support import Later
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-pytest.importorskip("torchmetrics")
+sampling = Later("lmp_triton.segmentation.sampling", "torchmetrics")
 
-from lmp_triton.segmentation.sampling import ClassIndex, ComplementarySampler, Draw
 
 CLASSES = 4  # and class 3 is in no image
 
@@ -26,7 +26,7 @@ def targets():
 
 @pytest.fixture
 def index(targets):
-    return ClassIndex.of(targets, CLASSES)
+    return sampling.ClassIndex.of(targets, CLASSES)
 
 
 class Places(Dataset):
@@ -56,13 +56,13 @@ def test_the_index_counts_every_pixel(targets, index):
 
 def test_a_class_outside_the_range_is_refused(targets):
     with pytest.raises(ValueError, match="target 0 has the label 1"):
-        ClassIndex.of(targets, 1)
+        sampling.ClassIndex.of(targets, 1)
     with pytest.raises(ValueError, match="empty"):
-        ClassIndex.of([], 3)
+        sampling.ClassIndex.of([], 3)
 
 
 def test_blend_1_draws_a_pixel_of_each_class_equally_often(targets, index):
-    sampler = ComplementarySampler(index, mode="class-uniform", blend=1.0, length=3000)
+    sampler = sampling.ComplementarySampler(index, mode="class-uniform", blend=1.0, length=3000)
     drawn = draws_of(sampler, targets)
     for image, label, row, column, _ in drawn.tolist():
         assert targets[image, row, column] == label
@@ -76,7 +76,7 @@ def test_blend_1_draws_a_pixel_of_each_class_equally_often(targets, index):
 
 @pytest.mark.parametrize("mode, blend", [("uniform", 0.7), ("inverse-iou", 0.0)])
 def test_uniform_sampling_is_every_image_once(mode, blend, targets, index):
-    sampler = ComplementarySampler(index, mode=mode, blend=blend, seed=5)
+    sampler = sampling.ComplementarySampler(index, mode=mode, blend=blend, seed=5)
     first = [draw.image for draw in sampler]
     assert sorted(first) == list(range(20)) and first != sorted(first)
     assert all(draw.label == -1 and draw.pixel(targets[draw.image]) is None for draw in sampler)
@@ -85,13 +85,13 @@ def test_uniform_sampling_is_every_image_once(mode, blend, targets, index):
 
 
 def test_the_blend_is_the_share_of_draws_for_a_class(index):
-    sampler = ComplementarySampler(index, blend=0.3, length=4000)
+    sampler = sampling.ComplementarySampler(index, blend=0.3, length=4000)
     share = np.mean([draw.label >= 0 for draw in sampler])
     assert abs(share - 0.3) < 0.04
 
 
 def test_a_class_is_drawn_inversely_to_its_iou(index):
-    sampler = ComplementarySampler(index, floor=0.1, refresh=2, decay=0.5)
+    sampler = sampling.ComplementarySampler(index, floor=0.1, refresh=2, decay=0.5)
     assert np.allclose(sampler.probabilities, [1 / 3, 1 / 3, 1 / 3, 0])  # nothing is known yet
     target = torch.tensor([[[0] * 8 + [1] * 4 + [255] * 4]])
     predictions = torch.tensor([[[0] * 10 + [1] * 2 + [1] * 4]])
@@ -104,7 +104,7 @@ def test_a_class_is_drawn_inversely_to_its_iou(index):
 
 
 def test_old_batches_are_forgotten(index):
-    sampler = ComplementarySampler(index, refresh=1, decay=0.5)
+    sampler = sampling.ComplementarySampler(index, refresh=1, decay=0.5)
     target = torch.zeros(1, 1, 16, dtype=torch.long)
     sampler.observe(torch.ones_like(target), target)  # all wrong
     for _ in range(3):
@@ -114,7 +114,7 @@ def test_old_batches_are_forgotten(index):
 
 
 def test_coarse_predictions_are_compared_at_the_nearest_pixels(index):
-    sampler = ComplementarySampler(index, refresh=1)
+    sampler = sampling.ComplementarySampler(index, refresh=1)
     coarse = torch.randint(0, 3, (2, 3, 5))
     sampler.observe(coarse, coarse.repeat_interleave(4, 1).repeat_interleave(4, 2))
     assert np.nanmin(sampler.iou) == 1
@@ -126,7 +126,9 @@ def test_ranks_share_one_sequence_as_in_distributed_sampler(workers, drop_last, 
     """Three ranks take turns in what one rank draws; they are equally long, and the length is DistributedSampler's."""
 
     def drawn(replicas, rank, workers=workers):
-        sampler = ComplementarySampler(index, blend=0.5, num_replicas=replicas, rank=rank, seed=3, drop_last=drop_last)
+        sampler = sampling.ComplementarySampler(
+            index, blend=0.5, num_replicas=replicas, rank=rank, seed=3, drop_last=drop_last
+        )
         sampler.set_epoch(2)
         theirs = DistributedSampler(Places(targets), replicas, rank, drop_last=drop_last)
         assert len(sampler) == len(theirs)
@@ -142,7 +144,7 @@ def test_ranks_share_one_sequence_as_in_distributed_sampler(workers, drop_last, 
 
 def test_a_restored_sampler_goes_on_where_the_other_left_off(index):
     def make():
-        return ComplementarySampler(index, blend=0.8, refresh=1, seed=11)
+        return sampling.ComplementarySampler(index, blend=0.8, refresh=1, seed=11)
 
     whole, first, second = make(), make(), make()
     wrong, right = torch.zeros(1, 2, 8, dtype=torch.long), torch.ones(1, 2, 8, dtype=torch.long)
@@ -168,9 +170,9 @@ def test_a_restored_sampler_goes_on_where_the_other_left_off(index):
 
 
 def test_what_a_worker_prefetched_can_be_drawn_again(index):
-    sampler = ComplementarySampler(index, blend=0.5)
+    sampler = sampling.ComplementarySampler(index, blend=0.5)
     drawn = list(sampler)
-    again = ComplementarySampler(index, blend=0.5)
+    again = sampling.ComplementarySampler(index, blend=0.5)
     again.load_state_dict(sampler.state_dict(consumed=13))
     assert list(again) == drawn[13:]
 
@@ -178,22 +180,22 @@ def test_what_a_worker_prefetched_can_be_drawn_again(index):
 def test_bad_arguments_are_named(index, targets):
     for options in ({"mode": "x"}, {"blend": 1.1}, {"floor": 0}, {"refresh": 0}, {"seed": -1}, {"length": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
-            ComplementarySampler(index, **options)
+            sampling.ComplementarySampler(index, **options)
     with pytest.raises(ValueError, match="all pixels are ignored"):
-        ComplementarySampler(ClassIndex.of(np.full_like(targets, 255), CLASSES))
-    sampler = ComplementarySampler(index)
+        sampling.ComplementarySampler(sampling.ClassIndex.of(np.full_like(targets, 255), CLASSES))
+    sampler = sampling.ComplementarySampler(index)
     with pytest.raises(ValueError, match="missing or unknown keys"):
         sampler.load_state_dict({"seed": 0})
     with pytest.raises(ValueError, match="of 4 classes, the index of 3"):
-        ComplementarySampler(ClassIndex.of(targets, 3)).load_state_dict(sampler.state_dict())
+        sampling.ComplementarySampler(sampling.ClassIndex.of(targets, 3)).load_state_dict(sampler.state_dict())
     with pytest.raises(IndexError, match="image 7 has 3 pixels of class 2, but pixel 3 was drawn"):
-        Draw(7, 2, 3).pixel(targets[7])
+        sampling.Draw(7, 2, 3).pixel(targets[7])
 
 
 def _observe_on_rank(rank, world, file, results):
     torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=world)
-    index = ClassIndex.of([np.array([[0, 1, 2]])] * 4, 3)
-    sampler = ComplementarySampler(index, refresh=1)
+    index = sampling.ClassIndex.of([np.array([[0, 1, 2]])] * 4, 3)
+    sampler = sampling.ComplementarySampler(index, refresh=1)
     assert (sampler.num_replicas, sampler.rank) == (world, rank)
     target = torch.tensor([[[0, 0, 1, 1]]])
     sampler.observe(target if rank == 0 else 1 - target, target)

@@ -1,12 +1,10 @@
 """Tiles cover every pixel once, and are the paper's; nothing shows at the seams."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
-
-pytest.importorskip("torchvision")
-
-import itertools
 
 from lmp_triton.segmentation.tiling import EFFICIENT, OPTIMISED, Span, Tiling, predict, tiled
 
