@@ -94,6 +94,34 @@ class SortConfig(NamedTuple):
     """solver="auto": segments up to this length are sorted, longer ones searched."""
 
 
+class NodesConfig(NamedTuple):
+    """How the logits that are to be upsampled are made ready."""
+
+    block: int
+    """Nodes a program."""
+    chunk: int
+    """Classes at a time."""
+    warps: int
+
+
+class UpsampledConfig(NamedTuple):
+    """How a kernel walks logits that are upsampled on the way."""
+
+    whole: int
+    """Up to so many classes are held in registers for all pixels of a cell."""
+    chunk: int
+    """Above, so many at a time."""
+    span: int
+    """Pixels of a cell side by side that a thread has."""
+    lanes: int
+    """Spans a program."""
+    height: int
+    """Rows of cells a program walks down, at most."""
+    warps: int
+    per_multiprocessor: int
+    """Programs that are enough for each multiprocessor: more rows of cells a program only where these are left."""
+
+
 class Table(NamedTuple):
     """All there is to choose on one architecture."""
 
@@ -104,6 +132,8 @@ class Table(NamedTuple):
     forward_solve_block: int
     """`SelectConfig.solve_block` where the solve shares a launch, and so its warps, with the losses."""
     sort: SortConfig
+    nodes: NodesConfig
+    upsampled: UpsampledConfig
 
 
 AMPERE = Table(
@@ -118,6 +148,8 @@ AMPERE = Table(
     ),
     forward_solve_block=128,
     sort=SortConfig(run=2048, lanes=128, warps=8, up_to=2048),
+    nodes=NodesConfig(block=128, chunk=16, warps=4),
+    upsampled=UpsampledConfig(whole=24, chunk=8, span=8, lanes=64, height=8, warps=2, per_multiprocessor=4),
 )
 # Above 24 classes, 4 pixels a thread would need more than 255 registers there: 2 then.
 BLACKWELL = AMPERE._replace(

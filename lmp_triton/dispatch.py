@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import eager, operators, settings
+from . import bilinear, eager, operators, settings
 from .settings import BACKENDS, SOLVERS
 from .types import Backend
 
@@ -64,8 +64,6 @@ def choose(
 
 def obstacle(values: Tensor, scope: str = "image", target: Tensor | None = None) -> str | None:
     """Why the kernels can't take `values`, or None if they can; target: as in `choose`."""
-    if target is not None:
-        return "its kernels for upsampled logits are not built yet"
     if settings.kernels_missing():
         return settings.kernels_missing()
     if values.dtype not in settings.FUSED_DTYPES:
@@ -78,7 +76,12 @@ def obstacle(values: Tensor, scope: str = "image", target: Tensor | None = None)
                 f"it takes up to {settings.MAX_LEVELS} spatial dimensions that don't lie behind each other in memory, "
                 f"not {_levels(values)}: logits.contiguous() makes them one"
             )
-    length = math.prod(values.shape[2:] if values.ndim > 2 else values.shape[1:])
+    if target is not None:
+        reached = _reach(values, target)
+        if reached >= 1 << 31:
+            return f"with upsampling it takes up to 2^31 sums for the small gradient of an image, not {reached}"
+        values = target
+    length = math.prod(values.shape[2:] if values.ndim > 2 and target is None else values.shape[1:])
     length *= values.shape[0] if scope == "batch" else 1
     if length > settings.MAX_PIXELS:
         return f"it takes up to {settings.MAX_PIXELS} losses a segment, not {length}"
@@ -94,6 +97,13 @@ def obstacle(values: Tensor, scope: str = "image", target: Tensor | None = None)
     ):
         return "it takes GPUs of compute capability 8.0 and newer"
     return None
+
+
+def _reach(logits: Tensor, target: Tensor) -> int:
+    """A bound for the numbers that the gradient of upsampled logits is added up from: 32-bit offsets reach them."""
+    _, classes, height, width = logits.shape
+    spans = -(-bilinear.axis(width, target.shape[2], False).longest_cell // 8) + 1
+    return 4 * classes * (height + 1) * (width + 1) * spans
 
 
 def _levels(logits: Tensor) -> int:

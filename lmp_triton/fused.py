@@ -19,7 +19,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from . import settings
+from . import fused_upsampled, settings
 from .kernels import configs, forward, given_losses, gradient, select, sort, weighting, workspace
 from .kernels import cross_entropy as stage_one
 from .kernels.launch import TooLarge
@@ -51,6 +51,9 @@ def _workspace(segments: int, device: torch.device) -> Tensor:
 @_on_its_device
 def softmax_losses(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, scope: str) -> PixelLosses:
     """See `types.Backend`; logits float16, bfloat16 or float32."""
+    if cross_entropy.align_corners is not None:
+        statistics = _workspace(segments_of(logits.shape[0], scope), logits.device)
+        return fused_upsampled.softmax_losses(logits, target, cross_entropy, statistics)
     inputs, buffers = _stage_one(logits, target, cross_entropy, scope)
     stage_one.softmax_losses(inputs, buffers, configs.table(logits.device))
     return _pixel_losses(buffers)
@@ -62,7 +65,7 @@ def _stage_one(
     statistics = _workspace(segments_of(logits.shape[0], scope), logits.device)
     weight, ignore_index, label_smoothing, *_ = cross_entropy
     inputs = stage_one.Inputs(logits, _walkable(target, logits), weight, ignore_index, label_smoothing)
-    return inputs, stage_one.Buffers(*pixel_buffers(logits, cross_entropy), statistics)
+    return inputs, stage_one.Buffers(*_pixel_buffers(logits, cross_entropy), statistics)
 
 
 def _pixel_losses(buffers: stage_one.Buffers) -> PixelLosses:
@@ -75,8 +78,17 @@ def _walkable(target: Tensor, logits: Tensor) -> Tensor:
     return target if len(layout_of(logits, target).sizes) <= settings.MAX_LEVELS else target.contiguous()
 
 
-def pixel_buffers(logits: Tensor, cross_entropy: CrossEntropy) -> tuple[Tensor, Tensor, Tensor | None]:
-    """losses, labels, and nll if the gradient needs it. Also what `lmp_triton.operators` tells a compiler.
+def pixel_buffers(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What `softmax_losses` returns of `types.PixelLosses`, losses and saved, for `lmp_triton.operators` to tell."""
+    if cross_entropy.align_corners is not None:
+        losses, *saved = fused_upsampled.pixel_buffers(logits, tuple(target.shape[1:]))
+        return losses, tuple(saved)
+    losses, labels, nll = _pixel_buffers(logits, cross_entropy)
+    return losses, (labels,) if nll is None else (labels, nll)
+
+
+def _pixel_buffers(logits: Tensor, cross_entropy: CrossEntropy) -> tuple[Tensor, Tensor, Tensor | None]:
+    """losses, labels, and nll if the gradient needs it.
 
     With all classes in registers the gradient kernel needs no help; otherwise −log softmax, which is the loss itself
     unless class weights or smoothing change it.
@@ -164,7 +176,7 @@ def _outputs(loss: Tensor, pooling: Pooling) -> Outputs:
 
 def pool_logits(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, pool: Pool) -> tuple[PixelLosses, Pooling]:
     """See `types.Backend`: two launches or more, or one cooperative one where that is asked for."""
-    if settings.cooperative() == "forward":
+    if settings.cooperative() == "forward" and cross_entropy.align_corners is None:
         length = target.numel() // segments_of(logits.shape[0], pool.scope)
         if configs.solver_for(length, pool.solver, configs.table(logits.device).sort) == "select":
             with contextlib.suppress(TooLarge):
@@ -217,6 +229,9 @@ def logits_gradient(
 ) -> Tensor:
     """See `types.Backend`."""
     grad = gradient_buffer(logits)
+    if cross_entropy.align_corners is not None:
+        fused_upsampled.logits_gradient(grad, pixels, solution, grad_output, cross_entropy)
+        return grad
     labels, *rest = pixels.saved
     gradient.logits_gradient(
         logits,

@@ -219,8 +219,8 @@ def _(
 
     _require_interpreter(logits)
     cross_entropy = CrossEntropy(weight, ignore_index, label_smoothing, align_corners)
-    losses, *saved = fused.pixel_buffers(logits, cross_entropy)
-    return losses, [x for x in saved if x is not None]
+    losses, saved = fused.pixel_buffers(logits, target, cross_entropy)
+    return losses, list(saved)
 
 
 @_marked_losses.register_fake
@@ -249,9 +249,9 @@ def _(
 
     _require_interpreter(logits)
     cross_entropy = CrossEntropy(weight, ignore_index, label_smoothing, align_corners)
-    losses, *saved = fused.pixel_buffers(logits, cross_entropy)
+    losses, saved = fused.pixel_buffers(logits, target, cross_entropy)
     _, pooling = fused.pooling_buffers(segments_of(logits.shape[0], scope), reduction, logits.device)
-    return losses, [x for x in saved if x is not None], *pooling
+    return losses, list(saved), *pooling
 
 
 @_pool_losses.register_fake

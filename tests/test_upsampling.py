@@ -11,12 +11,6 @@ from torch.autograd import gradcheck
 import lmp_triton
 from lmp_triton import bilinear, eager_upsampled
 
-
-@pytest.fixture(params=["eager"])  # the kernels come next
-def backend(request):
-    return request.param
-
-
 SIZES = [
     # (h, w) to (H, W)
     ((3, 4), (24, 32)),  # 8, and 8 without align_corners
