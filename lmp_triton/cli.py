@@ -25,6 +25,11 @@ COMMANDS = {
         "demo",
         "train with cross-entropy and with loss max-pooling side by side, on digits or on a land-cover scene",
     ),
+    "train": Command(
+        "lmp_triton.segmentation.train",
+        "segmentation",
+        "train a segmentation network by a recipe or a configuration of yours (PyTorch Lightning)",
+    ),
     "bench": Command(
         "lmp_triton.perf.bench",
         "perf",

