@@ -202,6 +202,16 @@ def test_an_unknown_label_is_named_with_its_file(tmp_path):
         of_folder(tmp_path, labels={0: 3})
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_class_that_no_pixel_has_is_warned_of(tmp_path):
+    data = of_folder(trees.folder(tmp_path / "data", labels=((0, 255), (0, 2))))
+    for _ in range(2):  # read, and from the cache
+        with pytest.warns(UserWarning, match="no image holds a pixel of b: are the labels right"):
+            sampling.ClassIndex.build(data, cache=tmp_path / "cache", progress=False)
+    trees.folder(tmp_path / "data", labels=((0, 1), (0, 2)))
+    sampling.ClassIndex.build(data, cache=tmp_path / "cache", progress=False)
+
+
 def test_sizes_that_differ_are_named(tmp_path):
     trees.folder(tmp_path)
     trees.mask(tmp_path / "masks" / "scene 2.png", trees.stripes((0, 1), (25, 16)))

@@ -259,7 +259,7 @@ class PascalVOC(Files):
             lists = Path(root) / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation"
             if not download:
                 _file(lists / f"{image_set}.txt")
-            found = VOCSegmentation(root, "2012", image_set, download=download)
+            found = VOCSegmentation(root, "2012", image_set, download=download and not lists.is_dir())
             return _by_name(found.images, found.masks)
 
         pairs = voc(split)

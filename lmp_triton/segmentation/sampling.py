@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -110,7 +111,8 @@ class ClassIndex:
     ) -> ClassIndex:
         """Read a dataset once, every image and label map wholly, and count.
 
-        So a bad file stops a training before it starts. With a cache that happens once for the same files.
+        So a bad file stops a training before it starts. With a cache that happens once for the same files. Warns of
+        classes that no pixel has: masks of 0 and 255, say, whose 255 is taken for ignored.
 
         Args:
             dataset: one of `lmp_triton.segmentation.datasets`, or like it.
@@ -128,7 +130,7 @@ class ClassIndex:
             file = Path(cache) / f"classes-{dataset.fingerprint()}.npz"
             counts = _load(file, shape)
             if counts is not None:
-                return cls(counts)
+                return cls(counts)._warned(dataset.classes)
 
         def count(index: int) -> NDArray[np.int64]:
             _, target = dataset.read(index)
@@ -141,13 +143,19 @@ class ClassIndex:
             executor.shutdown(cancel_futures=True)
         if file is not None:
             _save(file, index.counts)
-        return index
+        return index._warned(dataset.classes)
 
     @classmethod
     def _of_rows(cls, rows: list[NDArray[np.int64]]) -> ClassIndex:
         if not rows:
             raise ValueError("the dataset is empty")
         return cls(np.stack(rows))
+
+    def _warned(self, classes: tuple[str, ...]) -> ClassIndex:
+        lacking = [name for name, pixels in zip(classes, self.pixels, strict=True) if not pixels]
+        if lacking:
+            warnings.warn(f"no image holds a pixel of {', '.join(lacking)}: are the labels right?", stacklevel=3)
+        return self
 
     @property
     def pixels(self) -> NDArray[np.int64]:
