@@ -65,12 +65,7 @@ def test_weights_and_smoothing(rng, layout, options):
     watched(laid_out(logits, layout), target.to(torch.uint8), **options)
 
 
-NO_BARRIER = pytest.mark.xfail(reason="issue 15.1a: the first pass of a cooperative solve stores, then reads at once")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=NO_BARRIER if "cooperative" in x else ()) for x in SOLVERS if x != "eager"]
-)
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "eager"])
 @pytest.mark.parametrize("length", [1, 256, 700])
 @pytest.mark.parametrize("p", [1.0, 1.3])
 def test_every_solver(rng, monkeypatch, name, length, p):
@@ -89,7 +84,7 @@ def test_every_solver(rng, monkeypatch, name, length, p):
     torch.testing.assert_close(x.grad, weights)
 
 
-@pytest.mark.parametrize("cooperative", [pytest.param(x, marks=NO_BARRIER if x else ()) for x in settings.WAYS])
+@pytest.mark.parametrize("cooperative", settings.WAYS)
 def test_passes_and_cooperative_launches(rng, monkeypatch, cooperative):
     """Every phase of the search, also one with nothing to do: passes for a bracket that holds few losses already."""
     monkeypatch.setenv(settings.COOPERATIVE, cooperative)
