@@ -10,8 +10,7 @@ from .configs import Table, programs_a_row
 from .launch import launch
 from .layout import Sizes, Strides, pixel_offsets
 from .logits import Walk, image_sizes, load_label, tile_of, walk
-from .numerics import LN2
-from .softmax import softmax_of_tile, sum_of_weights
+from .softmax import minus_log_softmax, softmax_of_tile, sum_of_weights
 from .workspace import WORDS, no_statistics, poison, publish, tally
 
 
@@ -34,7 +33,7 @@ class Buffers(NamedTuple):
     losses: Tensor
     """(N, L) float32: ℓ, −1 where ignored, NaN where the label or a logit is bad."""
     labels: Tensor
-    """(N, L), any integer type: a label inside [0, C)."""
+    """(N, L), any integer type that holds C: a label inside [0, C), or C where ignored."""
     nll: Tensor | None
     """(N, L) float32: −log softmax of the label."""
     workspace: Tensor
@@ -85,23 +84,22 @@ def write_losses(task, program, C: tl.constexpr):
         x_label = load_label(tile, label)  # for a comparison less a class
 
         peak, total, dot = softmax_of_tile(tile, weight, x_label, C.smooth, C)
-        # log Σ exp x − x_label, from a sum that is at least 1: never negative but for the rounding of log2.
-        minus_log_softmax = tl.log2(total) * LN2 + (peak - x_label)
-        minus_log_softmax = tl.maximum(minus_log_softmax, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        loss = minus_log_softmax
+        nll = minus_log_softmax(peak, total, x_label)
+        loss = nll
         if weight is not None:
             loss *= tl.load(weight + label, mask=inside, other=0.0).to(tl.float32)
         if C.smooth:
             # Never negative, but for the rounding of this difference.
-            spread = tl.maximum(weight_sum * minus_log_softmax - dot, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            spread = tl.maximum(weight_sum * nll - dot, 0.0, propagate_nan=tl.PropagateNan.ALL)
             loss = (1 - inputs.smoothing) * loss + (inputs.smoothing / CLASSES) * spread
         loss = poison(loss, good)
 
         out = image * sizes.pixels + start + within
         tl.store(buffers.losses + out, tl.where(valid, loss, -1.0), mask=inside)
+        label = tl.where(valid, label, CLASSES)
         tl.store(buffers.labels + out, label.to(buffers.labels.dtype.element_ty), mask=inside)
         if buffers.nll is not None:
-            tl.store(buffers.nll + out, minus_log_softmax, mask=inside)
+            tl.store(buffers.nll + out, nll, mask=inside)
         statistics = tally(statistics, loss, valid)
 
     segment = image if C.per_image else image * 0
@@ -114,7 +112,7 @@ def softmax_losses_kernel(task: Task, C: tl.constexpr):
 
     Reads   logits once, target once, weight.
     Writes  losses, labels, nll; workspace: maximum, count and histogram of the segment, BINS + 2 atomics a program.
-    Bytes   C·sizeof(logit) + sizeof(target) read, 5 written a pixel (C ≤ 256; 6 above; 4 more with nll).
+    Bytes   C·sizeof(logit) + sizeof(target) read, 5 written a pixel (C ≤ 255; 6 above; 4 more with nll).
     """
     write_losses(task, tl.program_id(0), C)
 

@@ -1,6 +1,6 @@
 """Stage three: the gradient, w*·grad_output·∂ℓ/∂logits, straight into the gradient buffer."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -9,9 +9,9 @@ from torch import Tensor
 from .configs import Table
 from .launch import launch
 from .layout import Sizes, Strides
-from .logits import image_sizes, load_classes, load_label, load_row, tile_of, walk, within_classes
-from .numerics import LOG2E
-from .softmax import class_weight, softmax_of_tile, sum_of_weights
+from .logits import Tile, image_sizes, load_classes, load_label, load_row, tile_of, walk, within_classes
+from .numerics import LOG2E, Q_CAP
+from .softmax import class_weight, minus_log_softmax, softmax_of_tile, sum_of_weights
 from .weighting import Scale, relative_weight, segment_weights
 
 FAR = tl.constexpr(64.0)
@@ -38,49 +38,70 @@ class Task(NamedTuple):
     """Of an image."""
 
 
+class Form(NamedTuple):
+    """What the kernel is compiled for, besides `logits.Constants`."""
+
+    at_once: bool
+    """All classes of a pixel are in registers; otherwise they come in chunks, or in rows."""
+    reads_losses: bool
+    """Otherwise they follow from the logits, which are at hand."""
+    width: int
+    """0, or, for classes that lie side by side in grad though they are not read so, the next power of two."""
+
+
+class Pixels(NamedTuple):
+    """Of a tile: d/dx_c = softmax_c·spread − [c = label]·hit − v_c·smooth, or 0 where idle."""
+
+    inside: Any
+    idle: Any
+    label: Any
+    spread: Any
+    hit: Any
+    smooth: Any
+
+
 @triton.jit
-def logits_gradient_kernel(task: Task, C: tl.constexpr, WIDTH: tl.constexpr):
+def logits_gradient_kernel(task: Task, C: tl.constexpr, FORM: tl.constexpr):
     """∂value/∂logits of the pixels of an image; grid N × tiles, in reverse: what was read last is in the cache.
 
     With a = (1−ε)·v_y + (ε/C)·Σ_k v_k: w*·grad_output·[a·softmax_c − (1−ε)·v_y·[c = y] − (ε/C)·v_c].
 
-    Reads   logits (N, C, *spatial) once; losses, labels, and, where they come in chunks, nll (there a tile with a loss
-            above FAR reads its logits twice); scale; weight (C,) or None.
+    Reads   labels; losses, unless they follow from the logits at hand (the same instructions, so the same bits; they
+            are read for p = 1 alone then); logits (N, C, *spatial) once, or not at all if no pixel of a tile has a
+            weight; where they come in chunks, nll (there a tile with a loss above FAR reads its logits twice); scale;
+            weight (C,) or None.
     Writes  grad (N, C, *spatial), in the type of the logits, every element once, rounded once, multiplied in float32.
-    Bytes   C·sizeof(logit) + 5 read, C·sizeof(logit) written a pixel.
-
-    WIDTH: 0, or, for classes that lie side by side in grad though they are not read so, the next power of two.
+    Bytes   C·sizeof(logit) + 1 read, with losses 4 more, C·sizeof(logit) written a pixel.
     """
     BLOCK: tl.constexpr = C.block
     CLASSES: tl.constexpr = C.classes
-    CHUNK: tl.constexpr = C.chunk
-    weight = task.weight
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     image = (program // task.tiles).to(tl.int64)
-    segment = image if C.per_image else image * 0
-    pivot, drop, exponent, step = segment_weights(task.scale, segment)
+    weights = segment_weights(task.scale, image if C.per_image else image * 0)
     sizes = image_sizes(task.sizes, C)
     start = program % task.tiles * BLOCK
     tile = tile_of(task.logits, image, start, sizes, task.strides, C.adjacent, C)
+    to = tile_of(task.grad, image, start, sizes, task.grad_strides, C.other_adjacent, C)
     inside = tile.inside
     saved = image * sizes.pixels + start + tl.arange(0, BLOCK)
-    loss = tl.load(task.losses + saved, mask=inside, other=-1.0)
-    label = tl.load(task.labels + saved, mask=inside, other=0).to(tl.int32)
-    ignored = loss == -1.0
-    scaled = relative_weight(loss, pivot, drop, exponent) * step
+    label = tl.load(task.labels + saved, mask=inside, other=CLASSES).to(tl.int32)
+    idle = label == CLASSES
+    label = tl.where(idle, 0, label)
+    if FORM.reads_losses:
+        loss = tl.load(task.losses + saved, mask=inside, other=-1.0)
+        step = relative_weight(loss, weights) * weights.step
+        idle = idle | (step == 0)
+    else:
+        step = 0.0
+        exponent = tl.where(weights.step == weights.step, weights.exponent, 0.0)  # of a poisoned segment all is NaN
+        all_or_none = tl.zeros([BLOCK], tl.float32) + exponent >= Q_CAP  # p = 1
+        loss = tl.load(task.losses + saved, mask=inside & all_or_none, other=float("inf"))
+        idle = idle | (loss < weights.pivot)
+    busy = tl.min(idle.to(tl.int32), 0) == 0
+    tile = Tile(tile.logits, tile.offsets, tile.class_stride, inside & busy)
 
-    hit = scaled
-    if weight is not None:
-        hit *= tl.load(weight + label, mask=inside, other=0.0).to(tl.float32)
-    spread = hit
-    if C.smooth:
-        hit *= 1 - task.smoothing
-        scaled *= task.smoothing / CLASSES
-        spread = hit + scaled * sum_of_weights(weight, CLASSES)
-    to = tile_of(task.grad, image, start, sizes, task.grad_strides, C.other_adjacent, C)
-
-    if CLASSES <= CHUNK and not C.rows:
-        # All classes are at hand: the softmax is as precise as the logits, and nothing was saved for it.
+    if FORM.at_once:
+        # The softmax is as precise as the logits, and nothing was saved for it.
         xs = load_classes(tile, 0, CLASSES, CLASSES, LAST)
         peak = xs[0]
         for i in tl.static_range(1, CLASSES):
@@ -90,49 +111,85 @@ def logits_gradient_kernel(task: Task, C: tl.constexpr, WIDTH: tl.constexpr):
         for i in tl.static_range(CLASSES):
             exponentials = exponentials + (tl.exp2((xs[i] - peak) * LOG2E),)
             total += exponentials[i]
-        spread = spread / total
-        ds = ()
-        for i in tl.static_range(CLASSES):
-            d = exponentials[i] * spread - tl.where(label == i, hit, 0.0)
-            if C.smooth:
-                d -= scaled * class_weight(weight, i, CLASSES)
-            if WIDTH:
-                ds = ds + (tl.where(ignored, 0.0, d),)
-            else:
-                store_class(to, i, d, ignored, inside)
-        if WIDTH:
-            classes = tl.arange(0, WIDTH)[None, :]
-            tl.store(
-                to.logits + to.offsets[:, None] + classes,
-                side_by_side(ds, CLASSES, WIDTH).to(task.grad.dtype.element_ty),
-                mask=inside[:, None] & (classes < CLASSES),
-                eviction_policy=LAST,
-            )
+        if not FORM.reads_losses:
+            loss = minus_log_softmax(peak, total, load_label(tile, label.to(tl.int64)))
+            if task.weight is not None:
+                loss *= tl.load(task.weight + label, mask=inside, other=0.0).to(tl.float32)
+            step = relative_weight(loss, weights) * weights.step
+        pixels = factors(task, inside, idle, label, step, C)
+        store_at_once(to, pixels, exponentials, pixels.spread / total, task.weight, C, FORM.width)
     else:
-        # log2 softmax_c = (x_c − anchor)·log2 e − rest
-        anchor = load_label(tile, label.to(tl.int64))
-        far = tl.load(task.nll + saved, mask=inside, other=0.0)
-        rest = far * LOG2E
-        if tl.max(tl.where(ignored, 0.0, far), 0) > FAR:
-            anchor, total, _dot = softmax_of_tile(tile, weight, anchor, False, C)
-            rest = tl.log2(total)
-        for first in range(0, CLASSES, CHUNK):
-            if C.rows:
-                x, classes, there = load_row(tile, first, CHUNK, CLASSES, LAST)
-                d = spread[:, None] * tl.exp2((x - anchor[:, None]) * LOG2E - rest[:, None])
-                d -= tl.where(label[:, None] == classes, hit[:, None], 0.0)
+        pixels = factors(task, inside, idle, label, step, C)
+        store_in_chunks(to, pixels, tile, tl.load(task.nll + saved, mask=inside, other=0.0), task.weight, C)
+
+
+@triton.jit
+def factors(task, inside, idle, label, step, C: tl.constexpr):
+    """step: w*·grad_output."""
+    hit = step
+    if task.weight is not None:
+        hit *= tl.load(task.weight + label, mask=inside, other=0.0).to(tl.float32)
+    spread = hit
+    if C.smooth:
+        hit *= 1 - task.smoothing
+        step *= task.smoothing / C.classes
+        spread = hit + step * sum_of_weights(task.weight, C.classes)
+    return Pixels(inside, idle, label, spread, hit, step)
+
+
+@triton.jit
+def store_at_once(to, pixels, exponentials, spread, weight, C: tl.constexpr, WIDTH: tl.constexpr):
+    """exponentials: of all classes; spread: pixels.spread divided by their sum."""
+    CLASSES: tl.constexpr = C.classes
+    ds = ()
+    for i in tl.static_range(CLASSES):
+        d = exponentials[i] * spread - tl.where(pixels.label == i, pixels.hit, 0.0)
+        if C.smooth:
+            d -= pixels.smooth * class_weight(weight, i, CLASSES)
+        if WIDTH:
+            ds = ds + (tl.where(pixels.idle, 0.0, d),)
+        else:
+            store_class(to, i, d, pixels.idle, pixels.inside)
+    if WIDTH:
+        classes = tl.arange(0, WIDTH)[None, :]
+        tl.store(
+            to.logits + to.offsets[:, None] + classes,
+            side_by_side(ds, CLASSES, WIDTH).to(to.logits.dtype.element_ty),
+            mask=pixels.inside[:, None] & (classes < CLASSES),
+            eviction_policy=LAST,
+        )
+
+
+@triton.jit
+def store_in_chunks(to, pixels, tile, nll, weight, C: tl.constexpr):
+    """tile: the logits, read here chunk by chunk."""
+    CLASSES: tl.constexpr = C.classes
+    CHUNK: tl.constexpr = C.chunk
+    label = pixels.label
+    # log2 softmax_c = (x_c − anchor)·log2 e − rest
+    anchor = load_label(tile, label.to(tl.int64))
+    rest = nll * LOG2E
+    if tl.max(tl.where(pixels.idle, 0.0, nll), 0) > FAR:
+        anchor, total, _dot = softmax_of_tile(tile, weight, anchor, False, C)
+        rest = tl.log2(total)
+    for first in range(0, CLASSES, CHUNK):
+        if C.rows:
+            x, classes, _there = load_row(tile, first, CHUNK, CLASSES, LAST)
+            d = pixels.spread[:, None] * tl.exp2((x - anchor[:, None]) * LOG2E - rest[:, None])
+            d -= tl.where(label[:, None] == classes, pixels.hit[:, None], 0.0)
+            if C.smooth:
+                d -= pixels.smooth[:, None] * class_weight(weight, classes, CLASSES)
+            d = tl.where(pixels.idle[:, None], 0.0, d).to(to.logits.dtype.element_ty)
+            mask = pixels.inside[:, None] & (classes < CLASSES)
+            tl.store(to.logits + to.offsets[:, None] + classes, d, mask=mask, eviction_policy=LAST)
+        else:
+            xs = load_classes(tile, first, CHUNK, CLASSES, LAST)
+            for i in tl.static_range(CHUNK):
+                c = first + i
+                d = pixels.spread * tl.exp2((xs[i] - anchor) * LOG2E - rest) - tl.where(label == c, pixels.hit, 0.0)
                 if C.smooth:
-                    d -= scaled[:, None] * class_weight(weight, classes, CLASSES)
-                d = tl.where(ignored[:, None], 0.0, d).to(task.grad.dtype.element_ty)
-                tl.store(to.logits + to.offsets[:, None] + classes, d, mask=there, eviction_policy=LAST)
-            else:
-                xs = load_classes(tile, first, CHUNK, CLASSES, LAST)
-                for i in tl.static_range(CHUNK):
-                    c = first + i
-                    d = spread * tl.exp2((xs[i] - anchor) * LOG2E - rest) - tl.where(label == c, hit, 0.0)
-                    if C.smooth:
-                        d -= scaled * class_weight(weight, c, CLASSES)
-                    store_class(to, c, d, ignored, within_classes(inside, c, CHUNK, CLASSES))
+                    d -= pixels.smooth * class_weight(weight, c, CLASSES)
+                store_class(to, c, d, pixels.idle, within_classes(pixels.inside, c, CHUNK, CLASSES))
 
 
 @triton.jit
@@ -153,10 +210,10 @@ def side_by_side(xs, COUNT: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def store_class(to, c, d, ignored, inside):
-    """Class c of a tile of pixels, rounded once; 0 where ignored (there d may be NaN)."""
+def store_class(to, c, d, idle, inside):
+    """Class c of a tile of pixels, rounded once; 0 where idle (there d may be NaN)."""
     row = to.logits + tl.cast(c, tl.int64) * to.class_stride
-    d = tl.where(ignored, 0.0, d).to(to.logits.dtype.element_ty)
+    d = tl.where(idle, 0.0, d).to(to.logits.dtype.element_ty)
     tl.store(row + to.offsets, d, mask=inside, eviction_policy=LAST)
 
 
@@ -181,4 +238,6 @@ def logits_gradient(
     tiles = -(-pixels // way.config.block)
     buffers = (logits, losses, labels, nll, weight, scale, grad)
     task = Task(*buffers, way.sizes, way.strides, way.other_strides, label_smoothing, tiles)
-    launch(logits_gradient_kernel, images * tiles, (task,), (way.constants, width), way.config.warps)
+    at_once = way.config.chunk >= logits.shape[1] and not way.config.rows
+    form = Form(at_once, not at_once or label_smoothing > 0, width)
+    launch(logits_gradient_kernel, images * tiles, (task,), (way.constants, form), way.config.warps)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .logits import load_classes, load_row, within_classes
-from .numerics import LOG2E, rounded
+from .numerics import LN2, LOG2E, rounded
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the running maximum starts here: −inf − (−inf) would be NaN
 
@@ -92,3 +92,9 @@ def softmax_of_rows(tile, weight, x_label, SMOOTH: tl.constexpr, C: tl.constexpr
     highest = tl.max(peak, 1)
     total = tl.sum(rounded(total * tl.exp2((peak - highest[:, None]) * LOG2E)), 1)
     return highest, total, tl.sum(dot, 1)
+
+
+@triton.jit
+def minus_log_softmax(peak, total, x_label):
+    """log Σ exp x − x_label, from a sum that is at least 1: never negative but for the rounding of log2."""
+    return tl.maximum(tl.log2(total) * LN2 + (peak - x_label), 0.0, propagate_nan=tl.PropagateNan.ALL)

@@ -1,6 +1,6 @@
 """Stage three for losses: the optimal weights w*, times whatever comes down the graph."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -46,20 +46,34 @@ class Constants(NamedTuple):
     block: int
 
 
+class SegmentWeights(NamedTuple):
+    """What the weights of the pixels of a segment follow from, see `lmp_triton.types.Pooling`."""
+
+    pivot: Any
+    drop: Any
+    exponent: Any
+    step: Any
+    """τ·∂value/∂loss_s·grad_output_s"""
+
+
 @triton.jit
 def segment_weights(scale, segment):
-    """pivot, drop, q − 1 and τ·∂value/∂loss_s·grad_output_s of a segment."""
+    """Of one segment."""
     here = scale.solution + segment
-    pivot = tl.load(here + PIVOT * scale.segments)
-    drop = tl.load(here + DROP * scale.segments)
     step = tl.load(here + STEP * scale.segments) * tl.load(scale.grad_output + segment * scale.grad_output_stride)
-    return pivot, drop, tl.load(here + EXPONENT * scale.segments), step
+    return SegmentWeights(
+        tl.load(here + PIVOT * scale.segments),
+        tl.load(here + DROP * scale.segments),
+        tl.load(here + EXPONENT * scale.segments),
+        step,
+    )
 
 
 @triton.jit
-def relative_weight(loss, pivot, drop, exponent):
+def relative_weight(loss, weights):
     """w*/τ of a loss (Theorem 1): 1 above the pivot, 2^((q−1)·log2(ℓ/pivot) − drop) up to it, 0 if ignored."""
-    below = tl.exp2(exponent * log2_ratio(tl.minimum(loss, pivot), pivot) - drop)
+    pivot = weights.pivot
+    below = tl.exp2(weights.exponent * log2_ratio(tl.minimum(loss, pivot), pivot) - weights.drop)
     below = tl.where(loss >= 0, below, 0.0)
     below = tl.where(pivot > 0, below, 0.0)  # apart: the interpreter cannot & a block with a float comparison
     return tl.where(loss > pivot, 1.0, below)
@@ -79,15 +93,15 @@ def pixel_weights_kernel(task: Task, C: tl.constexpr):
     program = tl.program_id(0)
     segment = (program // task.programs).to(tl.int64)
     losses = task.losses + segment * length
-    pivot, drop, exponent, step = segment_weights(task.scale, segment)
+    weights = segment_weights(task.scale, segment)
     total = tl.zeros([BLOCK], tl.int64)
     for tile in range(program % task.programs, tl.cdiv(length, BLOCK), task.programs):
         index = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = index < length
         loss = tl.load(losses + index, mask=inside, other=-1.0)
-        weight = relative_weight(loss, pivot, drop, exponent)
+        weight = relative_weight(loss, weights)
         if task.weights is not None:
-            scaled = tl.where(loss == -1.0, 0.0, weight * step)
+            scaled = tl.where(loss == -1.0, 0.0, weight * weights.step)
             place = task.weights + segment * length + index
             tl.store(place, scaled.to(task.weights.dtype.element_ty), mask=inside)
         if task.totals is not None:

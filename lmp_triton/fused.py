@@ -97,7 +97,7 @@ def _pixel_buffers(logits: Tensor, cross_entropy: CrossEntropy) -> tuple[Tensor,
     images, classes, *spatial = logits.shape
     classes = int(classes)  # a symbol where shapes are traced: C is a constant of the graph
     pixel_losses = torch.empty(images, math.prod(spatial), dtype=torch.float32, device=logits.device)
-    labels = torch.empty_like(pixel_losses, dtype=torch.uint8 if classes <= 256 else torch.int16)
+    labels = torch.empty_like(pixel_losses, dtype=torch.uint8 if classes <= 255 else torch.int16)
     whole = table.rows.above if classes_adjacent(logits) else configs.pixel_config(table, classes).chunk
     plain = cross_entropy.weight is None and not cross_entropy.label_smoothing
     nll = torch.empty_like(pixel_losses) if classes > whole and not plain else None

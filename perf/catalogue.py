@@ -144,8 +144,10 @@ def cost(launch: Launch) -> Cost:
         return Cost(constants.block, read, size(made.losses) + size(made.labels) + size(made.nll), chunks(1))
     if launch.name == "logits_gradient_kernel":
         logits = constants.classes * size(task.logits)
-        nll = 0 if task.nll.data_ptr() == task.losses.data_ptr() else size(task.nll)
-        return Cost(constants.block, logits + size(task.losses) + size(task.labels) + nll, logits, chunks(-1))
+        (form,) = rest
+        nll = 0 if form.at_once or task.nll.data_ptr() == task.losses.data_ptr() else size(task.nll)
+        read = logits + size(task.labels) + size(task.losses) * form.reads_losses + nll
+        return Cost(constants.block, read, logits, chunks(-1))
     if launch.name == "forward_kernel":
         given, made = task.inputs, task.buffers
         losses, solution = rest

@@ -98,11 +98,11 @@ def test_rows_of_classes(table):
 BUDGET = {
     # Instructions a pixel (a loss); today's on sm_90 and Triton 3.8 in brackets.
     "softmax_losses bf16 C=19": 340,  # (268); about 480 are free at 3 TB/s, an estimate of the design
-    "logits_gradient bf16 C=19": 440,  # (379)
+    "logits_gradient bf16 C=19": 540,  # (448; the loss is computed again, not read)
     "softmax_losses bf16 C=150": 1750,  # (1372)
-    "logits_gradient bf16 C=150": 2800,  # (2268)
+    "logits_gradient bf16 C=150": 2900,  # (2457)
     "softmax_losses bf16 C=19 channels_last": 560,  # (444)
-    "logits_gradient bf16 C=19 channels_last": 1300,  # (981)
+    "logits_gradient bf16 C=19 channels_last": 1300,  # (980)
     "select, first pass": 900,  # (708)
     "sort one run": 900,  # (629; 772 on sm_120): what perf/NOTES.md weighs the two solvers by
     "sort runs": 1300,  # (935; 1182 on sm_120)
@@ -116,11 +116,11 @@ def test_instructions_a_pixel(table):
 
 
 def test_bytes_a_pixel(table):
-    """Two reads and one write of the logits; 5 more bytes written, 9 with many classes and weights or smoothing."""
+    """Two reads and one write of the logits; 5 more bytes written and 1 of them read again, 9 with many classes and weights or smoothing."""
     size = 19 * 2
     losses, gradient = table.loc["softmax_losses bf16 C=19"], table.loc["logits_gradient bf16 C=19"]
     assert losses["read"] == size + 8 and losses["written"] == 5
-    assert gradient["read"] == size + 5 and gradient["written"] == size
+    assert gradient["read"] == size + 1 and gradient["written"] == size
     assert table.loc["softmax_losses bf16 C=150 weights smoothing", "written"] == 9
 
 

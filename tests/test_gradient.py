@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import labelled
+from support import CUDA, labelled
 from torch.autograd import gradcheck
 
 import lmp_triton
@@ -160,3 +160,31 @@ def test_statistics_carry_no_gradient(rng, backend, device):
     assert loss.requires_grad and not any(field.requires_grad for field in stats)
     assert all(field.shape == (2,) for field in stats)
     loss.backward()
+
+
+@pytest.mark.skipif(CUDA, reason="looks into the interpreter")
+@pytest.mark.parametrize("classes", [5, 40])
+@pytest.mark.parametrize("p, read", [(1.0, [True, False, False]), (1.3, [True, True, False])])
+def test_tiles_without_weight_read_no_logits(rng, monkeypatch, p, read, classes):
+    """A tile that is ignored, or for p = 1 below α*, gets zeros; programs go from the last tile to the first."""
+    from lmp_triton.kernels import gradient
+
+    logits, target = labelled((1, 1536), classes, ignored=0.0)
+    target[:, :512] = 255
+    logits[:, :, 512:1024].scatter_(1, target[:, None, 512:1024], 20.0)
+    found, original = [], gradient.load_classes
+
+    def recording(tile, first, *rest):
+        found.append(bool(tile.inside.handle.data.any()))
+        return original(tile, first, *rest)
+
+    monkeypatch.setattr(gradient, "load_classes", recording)
+    grads = []
+    for backend in ("triton", "eager"):
+        x = logits.clone().requires_grad_()
+        lmp_triton.loss_max_pooling(x, target, p=p, ignore_index=255, backend=backend).backward()
+        grads.append(x.grad)
+    chunks = len(found) // 3
+    assert found == [tile for tile in read for _ in range(chunks)]
+    assert not grads[0][:, :, :512].any() and (p > 1 or not grads[0][:, :, 512:1024].any())
+    torch.testing.assert_close(*grads, rtol=2e-5, atol=1e-8)
