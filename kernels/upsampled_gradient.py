@@ -75,8 +75,7 @@ def pixels_at(task, image, place, there, weighting, C: tl.constexpr):
     if task.weights is not None:
         share = tl.load(task.weights + image + place, mask=there, other=0.0)
     else:
-        pivot, drop, exponent, step = weighting
-        share = tl.where(loss == -1.0, 0.0, relative_weight(loss, pivot, drop, exponent) * step)
+        share = tl.where(loss == -1.0, 0.0, relative_weight(loss, weighting) * weighting.step)
     hit = share
     if task.weight is not None:
         hit *= tl.load(task.weight + label, mask=there, other=0.0).to(tl.float32)

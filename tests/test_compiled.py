@@ -116,7 +116,10 @@ def test_instructions_a_pixel(table):
 
 
 def test_bytes_a_pixel(table):
-    """Two reads and one write of the logits; 5 more bytes written and 1 of them read again, 9 with many classes and weights or smoothing."""
+    """Two reads and one write of the logits; 5 more bytes written, 1 of them read again.
+
+    9 written with many classes and weights or smoothing.
+    """
     size = 19 * 2
     losses, gradient = table.loc["softmax_losses bf16 C=19"], table.loc["logits_gradient bf16 C=19"]
     assert losses["read"] == size + 8 and losses["written"] == 5
