@@ -81,10 +81,11 @@ def test_no_float64_of_the_size_of_the_logits(rng, backend, device, dtype):
 
 
 def test_import_brings_nothing_along():
-    """Neither Triton nor pandas, and no top-level module called kernels."""
+    """Neither Triton nor pandas, nothing of lmp_triton.segmentation, and no top-level module called kernels."""
     code = (
-        "import sys, lmp_triton; "
+        "import sys, lmp_triton, lmp_triton.cli; "
         "assert not {'triton', 'pandas', 'matplotlib', 'kernels', 'rich', 'scipy'} & set(sys.modules), 'imported'; "
+        "assert not {'torchvision', 'torchmetrics', 'lmp_triton.segmentation'} & set(sys.modules), 'imported'; "
         "import lmp_triton.kernels; assert 'kernels' not in sys.modules"
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
