@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Table, programs_a_row
-from .launch import launch
+from .launch import launch, wait_for_launch_before
 from .layout import Sizes, Strides, pixel_offsets
 from .logits import Walk, image_sizes, load_label, tile_of, walk
 from .softmax import minus_log_softmax, softmax_of_tile, sum_of_weights
@@ -114,6 +114,7 @@ def softmax_losses_kernel(task: Task, C: tl.constexpr):
     Writes  losses, labels, nll; workspace: maximum, count and histogram of the segment, BINS + 2 atomics a program.
     Bytes   C·sizeof(logit) + sizeof(target) read, 5 written a pixel (C ≤ 255; 6 above; 4 more with nll).
     """
+    wait_for_launch_before()
     write_losses(task, tl.program_id(0), C)
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import StreamConfig, programs_a_row
-from .launch import launch
+from .launch import launch, wait_for_launch_before
 from .layout import unit_of
 from .workspace import WORDS, no_statistics, poison, publish, tally
 
@@ -48,6 +48,7 @@ def mark_losses_kernel(task: Task, C: tl.constexpr):
             workspace: maximum, count and histogram of the segment, BINS + 2 atomics a program.
     Bytes   sizeof(loss) + 1 read, 4 written a pixel.
     """
+    wait_for_launch_before()
     BLOCK: tl.constexpr = C.block
     program = tl.program_id(0)
     length = task.length * C.unit

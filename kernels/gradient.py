@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Table
-from .launch import launch
+from .launch import launch, wait_for_launch_before
 from .layout import Sizes, Strides
 from .logits import Tile, image_sizes, load_classes, load_label, load_row, tile_of, walk, within_classes
 from .numerics import LOG2E, Q_CAP
@@ -73,6 +73,7 @@ def logits_gradient_kernel(task: Task, C: tl.constexpr, FORM: tl.constexpr):
     Writes  grad (N, C, *spatial), in the type of the logits, every element once, rounded once, multiplied in float32.
     Bytes   C·sizeof(logit) + 1 read, with losses 4 more, C·sizeof(logit) written a pixel.
     """
+    wait_for_launch_before()
     BLOCK: tl.constexpr = C.block
     CLASSES: tl.constexpr = C.classes
     program = tl.num_programs(0) - 1 - tl.program_id(0)

@@ -24,8 +24,22 @@ TYPICAL = {tl.int32: 3, tl.int64: 2**40 + 1, tl.float32: 0.5}
 16 divides it would compile anew, in a group also where `do_not_specialize` says not to."""
 
 
+DEPENDENT = tl.constexpr(False)
+"""Programmatic dependent launch, for compute capability 9.0 and newer: a launch that is not cooperative starts while
+the one before it ends, and waits before it touches memory. Off until a GPU run shows it right; to be set before
+anything is compiled (perf/static.py --dependent)."""
+
+
 class TooLarge(RuntimeError):
     """The programs of a cooperative launch can't be on the device all at once. Nothing was launched."""
+
+
+@triton.jit
+def wait_for_launch_before():
+    """The first thing a kernel does: with DEPENDENT what the launch before it wrote is not there yet."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def launch(
@@ -108,7 +122,7 @@ def _compile(kernel: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...]
     kinds = [parameter.annotation for parameter in inspect.signature(kernel.fn).parameters.values()]
     assert kinds[len(arguments) :] == [tl.constexpr] * len(constants), kernel
     typical = [_typical(x, kind) for x, kind in zip(arguments, kinds[: len(arguments)], strict=True)]
-    options = {"launch_cooperative_grid": True} if cooperative else {}
+    options = {"launch_cooperative_grid": True} if cooperative else {"launch_pdl": True} if DEPENDENT.value else {}
     return kernel.warmup(*typical, *constants, grid=(1,), num_warps=warps, enable_fp_fusion=True, **options)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .bracket import THRESHOLDS, End, fine_shift, finer_bracket, first_bracket, narrow, propose
 from .configs import SelectConfig, fraction_bits, passes_for, programs_a_row
-from .launch import TooLarge, launch, resident_programs
+from .launch import TooLarge, launch, resident_programs, wait_for_launch_before
 from .layout import unit_of
 from .numerics import INF_BITS, bits_float, float_bits, from_fixed, normaliser, power, to_fixed
 from .solution import Outputs, Parameters, load_segment, write_solution
@@ -291,6 +291,7 @@ def select_kernel(task: Task, C: tl.constexpr):
     Waits   with C.wait, in a launch of more than one phase, for the other programs of the segment after each pass: then
             all programs must be on the device at once, which a cooperative launch guarantees.
     """
+    wait_for_launch_before()
     program = tl.program_id(0)
     solve_segment(task, (program // task.programs).to(tl.int64), program % task.programs, 0, C)
 

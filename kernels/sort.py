@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .bracket import THRESHOLDS, End, add_powers, decay, first_bracket, narrow, propose
 from .configs import SortConfig, fraction_bits
-from .launch import launch
+from .launch import launch, wait_for_launch_before
 from .layout import unit_of
 from .numerics import bits_float, float_bits, from_fixed, normaliser, power, to_fixed
 from .solution import Outputs, Parameters, load_segment, write_solution
@@ -162,6 +162,7 @@ def sort_kernel(task: Task, C: tl.constexpr):
     Bytes   4 read, 4 written and read again a pixel, 8 more written without C.one_run.
     Rounds  none with C.one_run, otherwise at most 32: one to see what the bracket is, then as `select_kernel`.
     """
+    wait_for_launch_before()
     RUN: tl.constexpr = C.run
     program = tl.program_id(0)
     length = task.length * C.unit

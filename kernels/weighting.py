@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import StreamConfig, fraction_bits, programs_a_row
-from .launch import launch
+from .launch import launch, wait_for_launch_before
 from .layout import unit_of
 from .numerics import log2_ratio, to_fixed
 from .solution import DROP, EXPONENT, PIVOT, STEP
@@ -88,6 +88,7 @@ def pixel_weights_kernel(task: Task, C: tl.constexpr):
             caller, one atomic a program, or None.
     Bytes   4 read, sizeof(weight) written a pixel.
     """
+    wait_for_launch_before()
     BLOCK: tl.constexpr = C.block
     length = task.length * C.unit
     program = tl.program_id(0)

@@ -29,6 +29,7 @@ AMD_WIDTHS = {
     "dwordx4": 128,
 }
 MEMORY = re.compile(r"\b(?:st|red|atom)\.")
+GLOBAL = re.compile(r"\b(?:ld|st|red|atom)\.global\b")
 SHUFFLE = re.compile(r"\bshfl\.sync\.\S+\s+(%\w+)")
 FUSED = re.compile(r"\bfma\.rn\.\S+\s+%\w+, %\w+, %\w+, (%\w+);")
 RELEASE = re.compile(r"\b(?:atom|red)\S*\.(?:release|acq_rel)\b")
@@ -63,6 +64,8 @@ class Compiled:
     """Those of them without a barrier of the program between them and what was written before."""
     lopsided: int = 0
     """Products fused into a sum with another lane's: the two lanes come to different sums."""
+    dependent: bool = False
+    """Waits for the launch before it (see `kernels.launch.DEPENDENT`) before it touches memory."""
 
     def count(self, prefix: str) -> int:
         """How many instructions start with `prefix`."""
@@ -92,6 +95,7 @@ def read(built: Any) -> Compiled:
         releases,
         unguarded,
         _lopsided(built.asm["ptx"]),
+        _dependent(built.asm["ptx"]) and built.metadata.launch_pdl,
     )
 
 
@@ -146,6 +150,11 @@ def _lopsided(ptx: str) -> int:
     """How many fused multiply-adds add to what came straight from another lane."""
     shuffled = set(SHUFFLE.findall(ptx))
     return sum(addend in shuffled for addend in FUSED.findall(ptx))
+
+
+def _dependent(ptx: str) -> bool:
+    touched = GLOBAL.search(ptx)
+    return "griddepcontrol.wait" in ptx[: touched.start() if touched else None]
 
 
 def _loops(sass: str) -> tuple[int, ...]:

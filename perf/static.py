@@ -19,6 +19,8 @@ from collections.abc import Iterator, Set
 
 import pandas as pd
 import triton
+import triton.language as tl
+from lmp_triton.kernels import launch as kernel_launch
 from lmp_triton.kernels.occupancy import LIMITS, programs_a_multiprocessor
 from lmp_triton.perf import catalogue, roofline
 from lmp_triton.perf.compiled import Compiled, read
@@ -86,6 +88,7 @@ def row(name: str, launch: Launch, architecture: int | str) -> dict[str, object]
         "release atomics": code.releases,
         "unguarded": code.unguarded,
         "lopsided": code.lopsided,
+        "dependent": code.dependent,
     }
 
 
@@ -140,7 +143,9 @@ def main() -> None:
     parser.add_argument("--csv", help="write the table there (- for standard output) instead of printing it")
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     parser.add_argument("--pipelines", action="store_true")
+    parser.add_argument("--dependent", action="store_true", help="with programmatic dependent launch (sm_90 and newer)")
     options = parser.parse_args()
+    kernel_launch.DEPENDENT = tl.constexpr(options.dependent)
     chosen = [int(a) if a.isdigit() else a for a in options.architecture]
     rows = []
     for architecture in chosen:

@@ -139,6 +139,7 @@ def test_lanes_come_to_the_same_sums(table):
     """What counts as one value has the same bits in every lane that holds it, whichever of them stores it."""
     nvidia(table)
     assert (table["lopsided"] == 0).all()
+    assert not table["dependent"].any()
 
 
 def test_the_reader_of_sums_sees_a_lopsided_one():
@@ -148,6 +149,14 @@ def test_the_reader_of_sums_sees_a_lopsided_one():
     good = "shfl.sync.bfly.b32 %r9, %r8, 16, 31, -1;\nadd.f32 %r10, %r8, %r9;\nfma.rn.f32 %r1, %r2, %r3, %r10;"
     assert _lopsided(good) == 0
     assert _lopsided(good.replace("add.f32 %r10, %r8, %r9", "fma.rn.f32 %r10, %r6, %r7, %r9")) == 1
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a in ("90", "100")][:1])
+@pytest.mark.parametrize("only", ["C=19 unit=16", "select, first", "sort one run", "mark_losses"])
+def test_dependent_launches(architecture, only):
+    """Compiled in, each kernel waits for the one before it before it touches memory; as a rule none does."""
+    found = report("--architecture", architecture, "--only", only, "--dependent")
+    assert len(found) and found["dependent"].all() and (found["spills"] == 0).all()
 
 
 def test_the_reader_of_barriers_sees_a_missing_one():
