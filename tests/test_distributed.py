@@ -332,9 +332,9 @@ def test_errors(group):
 
 def test_fixed_point():
     """Read from a tensor or a number: the same, and no sum overflows."""
-    from lmp_triton.eager import _fixed_point
+    from lmp_triton.search import fixed_point
 
     for length in (0, 1, 2, 3, 4, 1023, 1024, 2**31 + 5, 2**40 - 1, 2**61):
-        scale = _fixed_point(length, torch.device("cpu"), torch.float64)
-        assert scale == _fixed_point(torch.tensor(length), torch.device("cpu"), torch.float64).item()
+        scale = fixed_point(length, torch.device("cpu"), torch.float64)
+        assert scale == fixed_point(torch.tensor(length), torch.device("cpu"), torch.float64).item()
         assert int(scale) * length < 2**63

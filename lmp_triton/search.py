@@ -1,0 +1,308 @@
+"""Where the pivot of each segment lies: in rounds, which read no value, or on the host, by counting and sorting.
+
+With f(t) = |{ℓ > t}| + Σ_{ℓ ≤ t} (ℓ/t)^q − m, which falls as t grows, α* is the largest root of f. A pivot is a number
+of the type of the losses with f(pivot) ≥ 0 such that no loss lies strictly between it and α*; 0 if fewer than m
+losses are positive. A number ≥ 0 and its bit pattern read as an integer are ordered alike, and so are the leading bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import distributed
+from .settings import on_host
+from .slices import GRAIN, cut
+from .types import IGNORED
+
+LOG2E = 1.4426950408889634
+
+Q_CAP = {torch.float32: 2.0**40, torch.float64: 2.0**70}
+"""Above it q changes nothing: two different losses differ by at least a rounding error, 2^-24 or 2^-53, and that to
+the power of the cap is 0. Capped, p = 1 (q = ∞) needs no case of its own: (ℓ/t)^q is 1 for ℓ = t and else 0."""
+
+PATTERNS = {torch.float32: (torch.int32, 31, 0x7F7FFFFF), torch.float64: (torch.int64, 63, 0x7FEFFFFFFFFFFFFF)}
+"""The integer type that a loss is read as, the bits that make up a number ≥ 0, and the pattern of the largest."""
+
+BUCKETS_LOG2 = 11
+"""A round of the search looks at 2^11 thresholds: three rounds pin down all 31 bits of a float32, six a float64."""
+
+SORTED_LENGTH = 1 << 14
+"""Losses of a segment up to which the host sorts them all; of more it counts all and sorts a few."""
+
+
+class Crossing(NamedTuple):
+    """What a search finds, tensors (S,): counts int64, the pivot in the type of the losses, the others wide."""
+
+    valid: Tensor
+    """n."""
+    poisoned: Tensor
+    """Whether a loss is NaN; nothing else holds then."""
+    m: Tensor
+    pivot: Tensor
+    above: Tensor
+    """|{ℓ > pivot}|."""
+    power_sum: Tensor
+    """Σ_{ℓ ≤ pivot} (ℓ/pivot)^q; 0 for pivot 0."""
+    tied: Tensor | None = None
+    """|{ℓ = pivot}|, where the search has come by it."""
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The type for scalars of a segment: float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def log2_ratio_near(x: Tensor, t: Tensor | float) -> Tensor:
+    """log2(x/t) for 0 ≤ x ≤ 2t: from the difference, which is exact near 1. Nothing overflows.
+
+    With d = x/t − 1 it is 2·atanh(d/(2 + d)). (log1p(d) would do as well; PyTorch's CPU code takes thirteen times
+    as long for it as for atanh.)
+    """
+    d = (x - t).div_(t)
+    return d.div_(d + 2).atanh_().mul_(2 * LOG2E)
+
+
+def support(valid: Tensor, ratio: Tensor) -> Tensor:
+    """m = clamp(ratio·n, 1, n), and 1 for n = 0; real, never rounded."""
+    n = valid.to(ratio.dtype)
+    return torch.minimum(ratio * n, n).clamp_min(1.0)
+
+
+# --- on the host --------------------------------------------------------------------------------------------------
+
+
+def on_the_host(losses: Tensor, ratio: Tensor, q: Tensor) -> Crossing:
+    """By looking at values: short segments are sorted, of long ones the few losses near α*. Arguments: `in_rounds`.
+
+    The sums are of floating numbers, in an order that the machine's number of threads may change.
+    """
+    if losses.shape[1] <= SORTED_LENGTH:
+        return _sorted(losses, ratio, q)
+    return Crossing(*map(torch.cat, zip(*(_counted(row, ratio, q) for row in losses.split(1)), strict=True)))
+
+
+def _sorted(losses: Tensor, ratio: Tensor, q: Tensor) -> Crossing:
+    """All losses of every segment sorted: Algorithm 1 of the paper."""
+    ascending = losses.sort(1).values  # ignored ones first, NaN last
+    poisoned = ascending[:, -1].isnan()
+    valid = losses.shape[1] - (ascending == IGNORED).sum(1)
+    m = support(valid, ratio)
+    nothing = torch.zeros_like(m)
+    found = _scan_sorted(ascending, torch.zeros_like(valid), nothing, nothing, m, q)
+    return Crossing(valid, poisoned, m, *found)
+
+
+def _counted(row: Tensor, ratio: Tensor, q: Tensor) -> Crossing:
+    """One long segment, (1, n): a histogram narrows α* down to a factor of 1 + 2^-7; what lies in there is sorted.
+
+    Were every loss the lower edge of its bin, α* would be `low`; were it the upper one, at most that factor more.
+    """
+    dtype = row.dtype
+    integer, bits, _ = PATTERNS[dtype]
+    shift, exponent_bits = bits - 15, 8 if dtype == torch.float32 else 11
+    counts = torch.empty(1 << 16, dtype=torch.int64)
+    for half in counts.split(GRAIN):  # by one thread
+        half.zero_()
+    one = counts.new_ones(1)
+    for (x,) in cut(row, whole=GRAIN):
+        bins = (x.view(integer) >> shift).bitwise_and_(0xFFFF).long().view(-1)
+        counts.scatter_add_(0, bins, one.expand_as(bins))
+    infinite = ((1 << exponent_bits) - 1) << (15 - exponent_bits)
+    ignored = int(torch.tensor(IGNORED, dtype=dtype).view(integer) >> shift) & 0xFFFF
+    valid = row.shape[1] - counts[ignored].view(1)
+    m = support(valid, ratio)
+    nothing = torch.zeros_like(m)
+    poisoned = counts[infinite : 1 << 15].sum().view(1) > 0
+    used = counts[1:infinite].nonzero().view(-1) + 1
+    if poisoned or not used.numel():
+        if bool(poisoned) or not bool((row > 0).any()):
+            return Crossing(valid, poisoned, m, row.new_zeros(1), nothing.long(), nothing, nothing.long())
+        return _sorted(row, ratio, q)
+
+    count = counts[used]
+    up_to = count.cumsum(0)
+    above = up_to[-1] - up_to
+    mantissa_bits = 15 - exponent_bits
+    edges = (used >> mantissa_bits) + _log2_mantissas(mantissa_bits)[used & ((1 << mantissa_bits) - 1)]
+    enough = int((above + count >= m).sum()) - 1  # the bin of the ⌈m⌉-th largest loss: α* is not below
+    if enough < 0 and int((row > 0).sum()) == int(up_to[-1]):
+        return Crossing(valid, poisoned, m, row.new_zeros(1), up_to[-1:], nothing, nothing.long())
+    bias = (1 << (exponent_bits - 1)) - 1
+    if enough < 0 or edges[enough] < bias // 2:  # from there on denormal numbers, whose bins are wide, add nothing
+        return _sorted(row, ratio, q)
+    log2_power = q * (edges - edges[enough])
+    power = log2_power.clamp_max(900.0).exp2()
+    power_sum = (count * power).cumsum(0) / power
+    last = int(((above + power_sum >= m) & (log2_power < 900.0)).nonzero()[-1])
+    margin = 2.0**-20
+    low = 2.0 ** (float(edges[last]) - bias + math.log2(power_sum[last] / (m - above[last])) / float(q)) * (1 - margin)
+    high = low * (1 + 2.0**-mantissa_bits) * (1 + 3 * margin)
+    t, high = (float(torch.tensor(min(x, torch.finfo(dtype).max), dtype=dtype)) for x in (low, high))
+
+    beyond, total, inside = torch.zeros_like(valid), torch.zeros_like(m), []
+    q_ = float(q)
+    for (x,) in cut(row, whole=GRAIN):
+        up_to_t = x.clamp(0.0, t)
+        # Of a large q's powers only those of losses close to t count, and their logarithms must be exact.
+        power = up_to_t.div_(t).pow_(q_) if q_ <= 16 else log2_ratio_near(up_to_t, t).mul_(q_).exp2_()
+        total += power.sum(dtype=torch.float64)
+        over_t, over_high = x > t, x > high
+        beyond += over_high.sum()
+        inside.append(x[over_t.logical_xor_(over_high)])
+    near = torch.cat(inside).sort().values.view(1, -1)
+    # Each loss above t has added (t/t)^q = 1.
+    below = total - (beyond + near.shape[1])
+    return Crossing(valid, poisoned, m, *_scan_sorted(near, beyond, torch.full_like(m, t), below, m, q))
+
+
+@functools.cache
+def _log2_mantissas(bits: int) -> Tensor:
+    """log2 of 1 + i·2^-bits."""
+    return torch.tensor([math.log2(1 + i * 2.0**-bits) for i in range(1 << bits)], dtype=torch.float64)
+
+
+def _scan_sorted(
+    ascending: Tensor, beyond: Tensor, start: Tensor, below: Tensor, m: Tensor, q: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The largest loss with f ≥ 0 among ascending ones, or else `start`; with it what `Crossing` says.
+
+    Powers are relative to the ⌈m⌉-th largest loss: α* is not below it, so the sums that count are 1 at least, and f < 0
+    wherever a power overflows.
+
+    Args:
+        ascending: (S, k), those above `start`; those not positive don't count.
+        beyond: (S,), how many losses are larger than all of them.
+        start: (S,), a number with f ≥ 0, or 0.
+        below: (S,), Σ_{ℓ ≤ start} (ℓ/start)^q.
+        m, q: as in `in_rounds`.
+    """
+    k, values = ascending.shape[1], ascending.double()
+    if not k:
+        return start.to(ascending.dtype), beyond, below, torch.zeros_like(beyond)
+    place = torch.arange(k)
+    at = k - (m.ceil().long() - beyond)
+    base = torch.where(at >= 0, values.gather(1, at.clamp(0, k - 1).unsqueeze(1)).squeeze(1), start)
+    some = base > 0
+    base = torch.where(some, base, 1.0)
+
+    t = base.unsqueeze(1)
+    log2_ratio = log2_ratio_near(values, t)
+    if bool((values[:, -1:] > 2 * t).any()):
+        log2_ratio = torch.where(values > 2 * t, (values / t).log2(), log2_ratio)
+    exponent = torch.where(values > 0, q * log2_ratio, -math.inf)
+    power = exponent.clamp_max(900.0).exp2_()
+    powers = (below * (q * log2_ratio_near(start, base)).exp2_()).unsqueeze(1) + power.cumsum(1)
+    power_sum = powers / power
+    # Of tied losses each counts those after it as larger: a 1 for a 1.
+    fits = (beyond.unsqueeze(1) + (k - 1 - place) + power_sum >= m.unsqueeze(1)) & (power > 0) & (exponent < 900.0)
+    last = torch.where(fits & some.unsqueeze(1), place, -1).amax(1, keepdim=True)
+    pivot = ascending.gather(1, last.clamp_min(0))
+    last = torch.where(last >= 0, (ascending <= pivot).sum(1, keepdim=True) - 1, last)
+    found, last = last.squeeze(1) >= 0, last.squeeze(1)
+    return (
+        torch.where(found, pivot.squeeze(1), start.to(ascending.dtype)),
+        beyond + torch.where(found, k - 1 - last, (ascending > start.unsqueeze(1)).sum(1)),
+        torch.where(found, power_sum.gather(1, last.clamp_min(0).unsqueeze(1)).squeeze(1), below),
+        torch.where(found, (ascending == pivot).sum(1), 0),
+    )
+
+
+# --- in rounds ----------------------------------------------------------------------------------------------------
+
+
+def in_rounds(losses: Tensor, ratio: Tensor, q: Tensor, group: Any = None) -> Crossing:
+    """Bit group by bit group, from the top: the same fixed number of rounds for every input, no value is read.
+
+    Each round lays K = 2^11 edges over the bracket, lo, lo + 2^shift, lo + 2·2^shift … in units of bit patterns,
+    counts the losses between neighbours and sums their powers relative to the upper neighbour, and moves lo up to the
+    last edge where f ≥ 0. f(lo) ≥ 0 holds throughout, or lo = 0: then fewer than m losses are positive. The pivot is
+    the largest number with f ≥ 0. All sums are integers (fixed point): the order of the additions leaves no trace.
+
+    Args:
+        losses: (S, n), `IGNORED` or NaN among them.
+        ratio: (), in the wide type.
+        q: (), in the wide type, capped.
+        group: the process group to add over, or None: one collective before the rounds and one a round. All but
+            `losses` is the same on every rank, the result too.
+    """
+    length: int | Tensor = losses.shape[1]
+    valid, poisoned = count(losses != IGNORED), losses.isnan().any(1)
+    positive = count(losses.view(PATTERNS[losses.dtype][0]) > 0)  # of the pattern: a denormal may be read as 0
+    if group is not None:
+        totals = torch.stack([valid, positive, poisoned.long(), torch.full_like(valid, losses.shape[1])])
+        valid, positive, poisoned, lengths = distributed.sum_of_integers(totals, group)
+        poisoned, length = poisoned > 0, lengths[0]
+    scale, m = fixed_point(length, losses.device, q.dtype), support(valid, ratio)
+
+    integer, shift, largest = PATTERNS[losses.dtype]
+    segments, edge_count, device = losses.shape[0], 1 << BUCKETS_LOG2, losses.device
+    column = torch.arange(edge_count, dtype=integer, device=device)
+    q_pixel = q.to(losses.dtype)
+
+    lo = torch.zeros(segments, 1, dtype=integer, device=device)
+    above = positive.unsqueeze(1)
+    power_sum = torch.zeros_like(m).unsqueeze(1)
+    row = torch.arange(segments, device=device).unsqueeze(1).expand_as(losses)
+    while shift > 0:
+        shift = max(0, shift - BUCKETS_LOG2)
+        sums = torch.zeros(2, segments * (edge_count + 1), dtype=torch.int64, device=device)
+        for ell, r in cut(losses, row, whole=GRAIN):
+            # A loss goes to the first edge that is not below it: 0 if that is lo, K if it is beyond the last one. What
+            # is computed for these two is not used, so it may be infinite or NaN. An ignored pixel goes with the zeros.
+            start = lo[r, 0]
+            index = (ell.view(integer).clamp_min(0).sub_(start + 1) >> shift).add_(1).clamp_(0, edge_count)
+            edge = (index << shift).add_(start).clamp_max_(largest).view(losses.dtype)
+            power = log2_ratio_near(ell, edge).mul_(q_pixel).exp2_().mul_(scale).to(torch.int64)
+            place = index.long().add_(r * (edge_count + 1)).flatten()
+            sums[0].scatter_add_(0, place, torch.ones_like(place))
+            sums[1].scatter_add_(0, place, power.flatten())
+        if group is not None:
+            sums = distributed.sum_of_integers(sums, group)
+        counts, powers = sums.view(2, segments, edge_count + 1)[:, :, 1:-1].unbind()
+
+        edges = (lo + (column << shift)).clamp_max(largest).view(losses.dtype)
+        above = torch.cat([above, above - counts.cumsum(1)], 1)
+        power_sum = _scan(torch.cat([power_sum, powers.to(m.dtype) / scale], 1), edges.to(m.dtype), q)
+        last = ((above + power_sum >= m.unsqueeze(1)).sum(1, keepdim=True) - 1).clamp_min(0)
+        lo = lo + (last << shift).to(integer)
+        above, power_sum = above.gather(1, last), power_sum.gather(1, last)
+    pivot = lo.squeeze(1).view(losses.dtype)
+    return Crossing(valid, poisoned, m, pivot, above.squeeze(1), power_sum.squeeze(1))
+
+
+def count(mask: Tensor) -> Tensor:
+    """How many entries of each row are True, (S,) int64."""
+    return mask.count_nonzero(1) if on_host(mask) else mask.sum(1)
+
+
+def fixed_point(length: int | Tensor, device: torch.device, dtype: torch.dtype) -> float | Tensor:
+    """A power of 2 to multiply numbers in [0, 1] by, such that the sum of `length` of them fits an int64."""
+    if isinstance(length, int):
+        if not torch.compiler.is_compiling():
+            return 2.0 ** (62 - length.bit_length())
+        # It may be a symbol, which its bit length would make a constant.
+        length = torch.full((), length, dtype=torch.int64, device=device)
+    # Shifts are exact everywhere, exp2 need not be.
+    bits = (length >= 1 << torch.arange(62, device=device)).sum()
+    return (1 << (62 - bits)).to(dtype)
+
+
+def _scan(sums: Tensor, edges: Tensor, q: Tensor) -> Tensor:
+    """R_b = Σ_{j ≤ b} sums_j·(edge_j/edge_b)^q, by doubling; no term is ever above its sum, so none overflows."""
+    log2_edges = edges.log2().clamp_min(-2000.0)  # edge 0 may be 0; its sum is 0 then
+    distance = 1
+    while distance < edges.shape[1]:
+        lower, upper = edges[:, :-distance], edges[:, distance:]
+        # Near 1 from the difference: two neighbours' logarithms may round to the same number, and with q without bound
+        # the lower one would then count in full.
+        near = log2_ratio_near(lower, upper)
+        far = log2_edges[:, :-distance] - log2_edges[:, distance:]
+        factor = torch.where(lower > 0.5 * upper, near, far).mul_(q).exp2_()
+        sums = torch.cat([sums[:, :distance], sums[:, distance:] + sums[:, :-distance] * factor], 1)
+        distance *= 2
+    return sums
