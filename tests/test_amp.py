@@ -110,7 +110,10 @@ def test_grad_output_costs_no_sync_and_no_copy(rng, backend, device, dtype, expa
             (grad,) = torch.autograd.grad(
                 losses, x, grad_output if expanded else grad_output.contiguous(), retain_graph=True
             )
-        assert watch.reads == [] and watch.allocations == 1
+        if backend == "eager" and device.type == "cpu":  # there values may be looked at, and a slice is computed in float32
+            assert watch.allocations == 1 + (dtype != torch.float32)
+        else:
+            assert watch.reads == [] and watch.allocations == 1
         y = logits.detach().double().requires_grad_()
         exact = lmp_triton.loss_max_pooling(y, target, ignore_index=255, reduction="none", backend="eager")
         (exact,) = torch.autograd.grad(exact, y, grad_output.double())
