@@ -14,3 +14,10 @@ Arguments travel in groups: a kernel is given one `Task` (NamedTuple of tensors,
 one `Constants`; the same groups go on to the device functions, and more of them are made there (`Segment`, `Tile`). In
 a name `programs` are those that share a row: the pixels of an image, or the losses of a segment.
 """
+
+import triton
+import triton.language as tl
+
+if isinstance(tl.sum, triton.JITFunction) == bool(triton.knobs.runtime.interpret):
+    # Its functions would be compiled and these interpreted, or the other way round; neither runs.
+    raise ImportError("TRITON_INTERPRET was changed after Triton was imported: set it before, and keep it")

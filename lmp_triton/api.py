@@ -82,8 +82,8 @@ def loss_max_pooling(
         NotImplementedError: a transform of torch.func, forward-mode differentiation.
         RuntimeError: group, but torch.distributed is not initialised.
     """
-    cross_entropy = CrossEntropy(weight, ignore_index, label_smoothing)
-    pool = Pool(p, ratio, scope, reduction, solver, group)
+    cross_entropy = CrossEntropy(weight, checks.plain(ignore_index), checks.plain(label_smoothing))
+    pool = Pool(checks.plain(p), checks.plain(ratio), scope, reduction, solver, group)
     return _from_logits(logits, target, cross_entropy, pool, backend, return_stats, check_targets)
 
 
@@ -96,7 +96,7 @@ def _from_logits(
     return_stats: bool,
     check_targets: bool,
 ) -> Tensor | tuple[Tensor, PoolingStats]:
-    checks.transforms(logits)
+    checks.pooled_tensor("logits", logits)
     checks.pool(pool, logits.device)
     checks.cross_entropy(cross_entropy)
     checks.logits_and_target(logits, target, cross_entropy, pool.scope)
@@ -137,7 +137,7 @@ def pool_losses(
     Raises:
         ValueError, TypeError, RuntimeError: as `loss_max_pooling`.
     """
-    pool = Pool(p, ratio, scope, reduction, solver, group)
+    pool = Pool(checks.plain(p), checks.plain(ratio), scope, reduction, solver, group)
     losses, mask, backend = _own_losses(losses, mask, pool, backend)
     if not losses.numel() and group is None:
         return _nothing(losses, pool, return_stats)
@@ -162,7 +162,7 @@ def optimal_weights(
 
     The arguments and errors are those of `pool_losses`.
     """
-    pool = Pool(p, ratio, scope, "none", solver, group)
+    pool = Pool(checks.plain(p), checks.plain(ratio), scope, "none", solver, group)
     shape = losses.shape
     losses, mask, backend = _own_losses(losses, mask, pool, backend)
     dtype = torch.promote_types(losses.dtype, torch.float32)
@@ -222,8 +222,8 @@ def upsampled_loss_max_pooling(
         As `loss_max_pooling`; ValueError for logits that don't have two spatial dimensions.
     """
     checks.align_corners(align_corners)
-    cross_entropy = CrossEntropy(weight, ignore_index, label_smoothing, align_corners)
-    pool = Pool(p, ratio, scope, reduction, solver, group)
+    cross_entropy = CrossEntropy(weight, checks.plain(ignore_index), checks.plain(label_smoothing), align_corners)
+    pool = Pool(checks.plain(p), checks.plain(ratio), scope, reduction, solver, group)
     return _from_logits(logits, target, cross_entropy, pool, backend, return_stats, check_targets)
 
 
@@ -254,7 +254,7 @@ def obstacle(*, losses: Tensor | None = None, logits: Tensor | None = None, scop
 
 def _own_losses(losses: Tensor, mask: Tensor | None, pool: Pool, backend: str) -> tuple[Tensor, Tensor | None, str]:
     """Checked, as rows (N, L), and the backend that will serve them."""
-    checks.transforms(losses)
+    checks.pooled_tensor("losses", losses)
     checks.pool(pool, losses.device)
     checks.losses_and_mask(losses, mask, pool.scope)
     losses, mask = _rows(losses), None if mask is None else _rows(mask)

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, eager
-from .checks import refuse_second_derivative
+from . import checks, dispatch, eager
 from .types import CrossEntropy, PixelLosses, Pool, Pooling
 
 
@@ -74,6 +73,7 @@ class _FromLogits(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_output is None or not ctx.needs_input_grad[0]:
             return (None,) * 8
+        checks.batched_gradient(grad_output)
         logits, weight, solution, losses, *saved = ctx.saved_tensors
         with torch.no_grad():
             grad = dispatch.stages(ctx.backend, logits).logits_gradient(
@@ -83,7 +83,7 @@ class _FromLogits(torch.autograd.Function):
                 grad_output,
                 CrossEntropy(weight, *ctx.cross_entropy_options),
             )
-        return refuse_second_derivative(grad, logits, grad_output), *(None,) * 7
+        return checks.refuse_second_derivative(grad, logits, grad_output), *(None,) * 7
 
 
 class _FromLosses(torch.autograd.Function):
@@ -112,12 +112,13 @@ class _FromLosses(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_output is None or not ctx.needs_input_grad[0]:
             return (None,) * 6
+        checks.batched_gradient(grad_output)
         given, solution, losses = ctx.saved_tensors
         with torch.no_grad():
             grad = dispatch.stages(ctx.backend, given).pixel_weights(
                 PixelLosses(losses), solution, grad_output, ctx.dtype
             )
-        return refuse_second_derivative(grad, given, grad_output), *(None,) * 5
+        return checks.refuse_second_derivative(grad, given, grad_output), *(None,) * 5
 
 
 def _outputs(ctx: Any, pixels: PixelLosses, pooling: Pooling) -> tuple[Tensor, ...]:

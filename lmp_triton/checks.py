@@ -6,6 +6,7 @@ Nothing here reads a value on a GPU (that would be a host sync) unless the calle
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -22,21 +23,53 @@ TARGET_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 LOSS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 NO_TRANSFORMS = (
-    "loss max-pooling does not run under the transforms of torch.func (vmap, grad, jvp, jacrev, …) or in forward mode: "
-    "it has a gradient for backward alone (torch.autograd.grad, also with torch.func.functional_call), and nothing to "
-    'batch: instead of vmap put the samples into one batch, with scope="image" and reduction="none"'
+    "loss max-pooling does not run under the transforms of torch.func (vmap, grad, jvp, jacrev, …), in forward mode, or "
+    "with batched gradients (is_grads_batched, vectorize): it has a gradient for backward alone (torch.autograd.grad, "
+    "also with torch.func.functional_call), and nothing to batch: instead of vmap put the samples into one batch, with "
+    'scope="image" and reduction="none"'
 )
 
+NO_JIT_TRACE = "torch.jit.trace can't record loss max-pooling, whose gradient is its own: torch.export can"
 
-def transforms(*tensors: Tensor | None) -> None:
+
+def transforms(x: Tensor) -> None:
     """Refuse what would be silently wrong (a zero tangent), silently slow (a loop), or an error from the depths.
 
     (The first question has no public form; `autograd.Function.apply` asks it the same way.)
     """
-    if torch._C._are_functorch_transforms_active() or any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    ):
+    if torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(x).tangent is not None:
         raise NotImplementedError(NO_TRANSFORMS)
+    if torch.jit.is_tracing():
+        raise NotImplementedError(NO_JIT_TRACE)
+
+
+def batched_gradient(grad_output: Tensor) -> None:
+    """Refuse one under `is_grads_batched=True` or `vectorize=True`, which use an older vmap that has no other sign."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad_output):
+        raise NotImplementedError(NO_TRANSFORMS)
+
+
+def plain(x: Any) -> Any:
+    """A NumPy scalar as the Python number it stands for, whatever else as it is."""
+    if isinstance(x, int | float | Tensor) or not isinstance(x, numbers.Real):
+        return x
+    return int(x) if isinstance(x, numbers.Integral) else float(x)
+
+
+def pooled_tensor(name: str, value: Tensor) -> None:
+    """What the loss is differentiated by."""
+    _tensor(name, value)
+    transforms(value)
+
+
+def _tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def _number(name: str, value: object, kind: str = "a float") -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
 
 
 NO_SECOND_DERIVATIVE = (
@@ -76,11 +109,12 @@ def pool(options: Pool, device: torch.device | None) -> None:
             if value.requires_grad:
                 raise ValueError(f"{name} must not require a gradient: the loss is not differentiated by it")
             if device is not None and value.device != device:
-                raise ValueError(f"{name} is on {value.device}, but the input is on {device}")
+                lost = ": it was made there and has no value, set it anew" if value.is_meta else ""
+                raise ValueError(f"{name} is on {value.device}, but the input is on {device}{lost}")
             if not on_host(value):
                 continue  # read on the device: a bad value makes the loss NaN
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a float or a 0-dim tensor, got {type(value).__name__}")
+        else:
+            _number(name, value, "a float or a 0-dim tensor")
         if not fits(value):
             raise ValueError(f"{name} must be {must}, got {float(value)}")
     if options.scope not in SCOPES:
@@ -108,22 +142,30 @@ def process_group(group: object, scope: str) -> None:
 def cross_entropy(options: CrossEntropy) -> None:
     """The options that go into the pixel losses."""
     weight, ignore_index, label_smoothing, _ = options
-    if not isinstance(ignore_index, int):
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit an int64, got {ignore_index}")
+    _number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if weight is None:
         return
+    _tensor("weight", weight)
     if not weight.is_floating_point() or weight.ndim != 1:
         raise ValueError(f"weight must be a floating vector (C,), got shape {tuple(weight.shape)}, {weight.dtype}")
     if weight.requires_grad:
         raise ValueError("weight must not require a gradient: the loss is not differentiated by its class weights")
-    if on_host(weight) and bool((weight < 0).any()):
-        raise ValueError(f"weight must not be negative, got {weight.min().item()} for class {int(weight.argmin())}")
+    if on_host(weight):
+        bad = ~((weight >= 0) & (weight < torch.inf))
+        if bool(bad.any()):
+            place = int(bad.nonzero()[0])
+            raise ValueError(f"weight must be finite and not negative, got {weight[place].item()} for class {place}")
 
 
 def logits_and_target(logits: Tensor, target: Tensor, options: CrossEntropy, scope: str) -> None:
     """Shapes, types and devices of the tensors of `loss_max_pooling` and `upsampled_loss_max_pooling`."""
+    _tensor("target", target)
     if logits.dtype not in LOSS_DTYPES:
         raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     if logits.ndim < 2 or logits.shape[1] < 1:
@@ -210,6 +252,7 @@ def losses_and_mask(losses: Tensor, mask: Tensor | None, scope: str) -> None:
         )
     if mask is None:
         return
+    _tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor, True where valid, got {mask.dtype}")
     if mask.shape != losses.shape:

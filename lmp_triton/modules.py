@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,21 @@ from torch import Tensor, nn
 from . import checks
 from .api import loss_max_pooling, upsampled_loss_max_pooling
 from .types import CrossEntropy, Pool, PoolingStats
+
+
+class _Group:
+    """Holds a process group, which belongs to the process: copies of a module share it, and nothing takes it along."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Group:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a LossMaxPooling with a process group can't be pickled: save the state_dict, or set its group to None"
+        )
 
 
 class LossMaxPooling(nn.Module):
@@ -23,6 +38,10 @@ class LossMaxPooling(nn.Module):
     kept as it is, not copied: fill it in place to change the value under torch.compile or in a CUDA graph (see
     `RatioSchedule`). It moves with the module from device to device, but keeps its type where `half()` or
     `to(torch.bfloat16)` would round it, and is an option, not a state: not in the state_dict.
+    On the meta device, where `from_pretrained` for one builds models, a tensor loses its value; `to_empty` makes it
+    NaN, which the next call refuses. There give a float, or `torch.tensor(0.25, device="cpu")`, or set it afterwards.
+
+    A copy of a module with a `group` has the same group. Such a module can't be pickled; its state_dict can.
     """
 
     weight: Tensor | None
@@ -44,17 +63,20 @@ class LossMaxPooling(nn.Module):
         check_targets: bool = False,
     ) -> None:
         super().__init__()
-        checks.pool(Pool(p, ratio, scope, reduction, solver, group), None)
-        on_cpu = None if weight is None else weight.detach().cpu()
-        checks.cross_entropy(CrossEntropy(on_cpu, ignore_index, label_smoothing))
-        self.register_buffer("weight", weight if weight is None else torch.as_tensor(weight).detach())
+        checks.pool(Pool(checks.plain(p), checks.plain(ratio), scope, reduction, solver, group), None)
+        here = weight
+        if isinstance(weight, Tensor):
+            weight = weight.detach()
+            here = weight if weight.is_meta else weight.cpu()
+        checks.cross_entropy(CrossEntropy(here, checks.plain(ignore_index), checks.plain(label_smoothing)))
+        self.register_buffer("weight", weight)
         self.p = p
         self.ratio = ratio
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.scope = scope
         self.reduction = reduction
-        self.group = group
+        self._group = None if group is None else _Group(group)
         self.backend = backend
         self.solver = solver
         self.return_stats = return_stats
@@ -65,9 +87,23 @@ class LossMaxPooling(nn.Module):
         super()._apply(fn, recurse)
         for name in ("p", "ratio"):
             value = getattr(self, name)
-            if isinstance(value, Tensor):
+            if not isinstance(value, Tensor):
+                continue
+            if value.is_meta:  # it lost its value: what replaces it must not pass for one
+                device = fn(torch.zeros(())).device
+                setattr(self, name, torch.full_like(value, torch.nan, device=device))
+            else:
                 setattr(self, name, value.to(fn(value).device))
         return self
+
+    @property
+    def group(self) -> Any:
+        """The process group whose ranks are pooled together, or None."""
+        return None if self._group is None else self._group.group
+
+    @group.setter
+    def group(self, group: Any) -> None:
+        self._group = None if group is None else _Group(group)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor | tuple[Tensor, PoolingStats]:
         """The loss of logits (N, C, *spatial) and target (N, *spatial)."""

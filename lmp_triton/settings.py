@@ -40,7 +40,7 @@ MAX_LEVELS = 3
 MAX_PIXELS = 2**31 - 2**16
 """Losses of a segment that 32-bit offsets inside it reach."""
 
-NOT_INTERPRETING = "the tensors are on the CPU and TRITON_INTERPRET=1 is not set"
+NOT_INTERPRETING = "the tensors are on the CPU, and TRITON_INTERPRET=1 was not set when Triton was imported"
 
 
 def backend() -> str:
@@ -108,10 +108,15 @@ def kernels_missing() -> str | None:
 
 
 def interpreting() -> bool:
-    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1, set before Triton was imported)."""
-    import triton
+    """Whether Triton interprets its kernels on the CPU: TRITON_INTERPRET=1 was set when it was imported.
 
-    return bool(triton.knobs.runtime.interpret)
+    That, and not what the variable says now, made its own functions what they are; `lmp_triton.kernels` refuses to be
+    imported where the two differ.
+    """
+    import triton
+    import triton.language as tl
+
+    return not isinstance(tl.sum, triton.JITFunction)
 
 
 _TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
