@@ -44,13 +44,13 @@ def loss_max_pooling(
 
     Args:
         logits: (N, C, *spatial), float16, bfloat16, float32 or float64; any strides, never modified.
-            (N, C) needs scope="batch".
+            (N, C) needs scope="batch". The kernels take up to 1024 classes.
         target: (N, *spatial), class indices of type uint8, int8, int16, int32 or int64.
         p: the norm that bounds the weights, in [1, ∞]: 1 pools the hardest pixels alone, ∞ is the mean. A float, or a
             0-dim floating tensor on the device of the logits. Default 1.3, the best of the paper's Table 1.
         ratio: m/n, the least share of the valid pixels that the weights spread over, in (0, 1]; m = clamp(ratio·n, 1,
             n). 1 is the mean. Like p, a float or a tensor. Default 0.25, from Section 5.2 of the paper.
-        weight: (C,) class weights, not negative, as in `F.cross_entropy(reduction="none")`.
+        weight: (C,) class weights, finite and not negative, as in `F.cross_entropy(reduction="none")`.
         ignore_index: pixels with this label take no part: not in the loss, not in n, not in m.
         label_smoothing: in [0, 1], as in `F.cross_entropy`.
         scope: "image": each image is pooled on its own, as in the paper; "batch": all pixels together.
@@ -73,7 +73,8 @@ def loss_max_pooling(
     Returns:
         The loss, float32 (float64 for float64 logits): a scalar, or (S,) for reduction="none", with S = N for
         scope="image" and 1 for "batch". 0 for a segment without a valid pixel, NaN for one with a NaN or +inf logit, an
-        infinite loss or, where labels are not checked, a bad label; other segments are not affected.
+        infinite loss (−inf as the logit of the label, or of any class under label smoothing: F.cross_entropy says inf
+        there) or, where labels are not checked, a bad label; other segments are not affected.
         The gradient has the type and layout of the logits. It treats w* as constant and has no derivative of its own.
 
     Raises:
@@ -163,17 +164,17 @@ def optimal_weights(
     The arguments and errors are those of `pool_losses`.
     """
     pool = Pool(checks.plain(p), checks.plain(ratio), scope, "none", solver, group)
-    shape = losses.shape
+    given = losses
     losses, mask, backend = _own_losses(losses, mask, pool, backend)
     dtype = torch.promote_types(losses.dtype, torch.float32)
     if not losses.numel() and group is None:
-        return losses.detach().to(dtype).view(shape), _no_stats(losses, pool)
+        return losses.detach().to(dtype).view(given.shape), _no_stats(losses, pool)
     with torch.no_grad():
         pooled = autograd.from_losses(losses, mask, pool, backend)
         one = torch.ones((), dtype=dtype, device=losses.device)
-        stages = dispatch.stages(backend, losses)
+        stages = dispatch.stages(backend)
         weights = stages.pixel_weights(PixelLosses(pooled.losses), pooled.solution, one, dtype)
-    return weights.view(shape), _stats(pooled, pool, backend)
+    return weights.view(given.shape), _stats(pooled, pool, backend)
 
 
 def upsampled_loss_max_pooling(
@@ -272,7 +273,7 @@ def _result(pooled: Pooled, pool: Pool, backend: str, return_stats: bool) -> Ten
 
 def _stats(pooled: Pooled, pool: Pool, backend: str) -> PoolingStats:
     _, solution, counts, losses = pooled
-    total = dispatch.stages(backend, losses).total_weight(PixelLosses(losses), solution)
+    total = dispatch.stages(backend).total_weight(PixelLosses(losses), solution)
     if pool.group is not None:
         total = distributed.sum_of_reals(total.double(), pool.group).to(total.dtype)
     return PoolingStats(solution[ALPHA], solution[TAU], counts[VALID], counts[SATURATED], total)

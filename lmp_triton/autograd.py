@@ -58,7 +58,7 @@ class _FromLogits(torch.autograd.Function):
         pool_options: tuple[Any, ...],
         backend: str,
     ) -> tuple[Tensor, ...]:
-        stages = dispatch.stages(backend, logits)
+        stages = dispatch.stages(backend)
         cross_entropy, pool = CrossEntropy(weight, *cross_entropy_options), Pool(p, ratio, *pool_options)
         if pool.group is None:
             pixels, pooling = stages.pool_logits(logits, target, cross_entropy, pool)
@@ -76,7 +76,7 @@ class _FromLogits(torch.autograd.Function):
         checks.batched_gradient(grad_output)
         logits, weight, solution, losses, *saved = ctx.saved_tensors
         with torch.no_grad():
-            grad = dispatch.stages(ctx.backend, logits).logits_gradient(
+            grad = dispatch.stages(ctx.backend).logits_gradient(
                 logits,
                 PixelLosses(losses, tuple(saved)),
                 solution,
@@ -97,7 +97,7 @@ class _FromLosses(torch.autograd.Function):
         pool_options: tuple[Any, ...],
         backend: str,
     ) -> tuple[Tensor, ...]:
-        stages, pool = dispatch.stages(backend, losses), Pool(p, ratio, *pool_options)
+        stages, pool = dispatch.stages(backend), Pool(p, ratio, *pool_options)
         if pool.group is None:
             pixels, pooling = stages.pool_losses(losses, mask, pool)
         else:
@@ -115,9 +115,7 @@ class _FromLosses(torch.autograd.Function):
         checks.batched_gradient(grad_output)
         given, solution, losses = ctx.saved_tensors
         with torch.no_grad():
-            grad = dispatch.stages(ctx.backend, given).pixel_weights(
-                PixelLosses(losses), solution, grad_output, ctx.dtype
-            )
+            grad = dispatch.stages(ctx.backend).pixel_weights(PixelLosses(losses), solution, grad_output, ctx.dtype)
         return checks.refuse_second_derivative(grad, given, grad_output), *(None,) * 5
 
 

@@ -23,10 +23,10 @@ TARGET_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 LOSS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 NO_TRANSFORMS = (
-    "loss max-pooling does not run under the transforms of torch.func (vmap, grad, jvp, jacrev, …), in forward mode, or "
-    "with batched gradients (is_grads_batched, vectorize): it has a gradient for backward alone (torch.autograd.grad, "
-    "also with torch.func.functional_call), and nothing to batch: instead of vmap put the samples into one batch, with "
-    'scope="image" and reduction="none"'
+    "loss max-pooling does not run under the transforms of torch.func (vmap, grad, jvp, jacrev, …), with batched "
+    "gradients (is_grads_batched, vectorize) or in forward mode: it has a gradient for backward alone "
+    "(torch.autograd.grad, also with torch.func.functional_call), and nothing to batch: instead of vmap put samples "
+    'into one batch, with scope="image" and reduction="none"'
 )
 
 NO_JIT_TRACE = "torch.jit.trace can't record loss max-pooling, whose gradient is its own: torch.export can"
@@ -223,7 +223,7 @@ def labels(target: Tensor, classes: int, ignore_index: int, check_targets: bool)
 
     Always on the CPU; on a GPU only on request, since it is a host sync there.
     """
-    if settings.traced(target) or not target.numel():
+    if settings.traced() or not target.numel():
         return
     if not (on_host(target) or check_targets or settings.check_targets()):
         return

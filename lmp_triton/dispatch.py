@@ -112,14 +112,14 @@ def _levels(logits: Tensor) -> int:
     return len(layout_of(logits).sizes)
 
 
-def stages(name: str, x: Tensor) -> Backend:
-    """The backend that `choose` named, for a call on x; where a graph is made, the kernels as operators.
+def stages(name: str) -> Backend:
+    """The backend that `choose` named; where a graph is made, the kernels as operators.
 
     Triton is imported here, on first use.
     """
     if name == "eager":
         return eager
-    if settings.traced(x):
+    if settings.traced():
         return operators
     from . import fused
 

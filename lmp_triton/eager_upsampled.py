@@ -76,7 +76,7 @@ def upsampling(logits: Tensor, size: tuple[int, ...], align_corners: bool | None
 
 def _bands(logits: Tensor, down: bilinear.Axis, width: int) -> Iterator[Band]:
     images, classes, *_ = logits.shape
-    if traced(logits):  # its sizes may be symbols
+    if traced():  # its sizes may be symbols
         yield Band(slice(None), slice(None), slice(None))
         return
     most = BAND_ELEMENTS if logits.device.type == "cpu" else DEVICE_BAND_ELEMENTS

@@ -122,17 +122,17 @@ def interpreting() -> bool:
 _TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 
-def traced(x: Tensor) -> bool:
-    """Whether a graph is being made of what happens to x: its values and the memory behind it are out of reach.
+def traced() -> bool:
+    """Whether a graph is being made of what happens: values and the memory behind tensors are out of reach.
 
-    By torch.compile or torch.export, or by what they are made of: a FakeTensorMode, a FakeTensor, make_fx. (For the
-    latter three there is no public question.)
+    By torch.compile or torch.export, or by what they are made of: a FakeTensorMode, make_fx. (For the latter two there
+    is no public question.)
     """
-    if torch.compiler.is_compiling() or hasattr(x, "fake_mode"):
+    if torch.compiler.is_compiling():
         return True
     return any(torch._C._get_dispatch_mode(tracer) is not None for tracer in _TRACERS)
 
 
 def on_host(x: Tensor) -> bool:
     """Whether reading a value of x costs nothing: it is on the CPU, and nobody traces."""
-    return x.device.type == "cpu" and not traced(x)
+    return x.device.type == "cpu" and not traced()

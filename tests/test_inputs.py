@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from support import CUDA, labelled
 
 import lmp_triton
@@ -165,7 +167,7 @@ def test_bad_losses_poison_their_segment(rng, backend, device, bad):
 def test_bad_parameter_read_on_the_device(rng, backend, device):
     """A tensor on a GPU can't be checked without a sync: a bad value makes the loss NaN, and the solver ends."""
     losses = torch.rand(2, 40, device=device)
-    stages = dispatch.stages(backend, losses)
+    stages = dispatch.stages(backend)
     for p, ratio in ((0.5, 0.5), (math.nan, 0.5), (1.3, 0.0), (1.3, 1.5), (1.3, math.nan)):
         p, ratio = (torch.tensor(x, dtype=torch.float64, device=device) for x in (p, ratio))
         assert stages.pool_losses(losses, None, Pool(p, ratio, reduction="none"))[1].value.isnan().all()
@@ -217,3 +219,71 @@ def test_single_valid_pixel(rng, backend, device):
     loss = lmp_triton.loss_max_pooling(logits, target, ignore_index=255, backend=backend)
     expected = torch.nn.functional.cross_entropy(logits.double(), target, ignore_index=255)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)  # of logits of a few units
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"logits": {"out": torch.zeros(2, 3, 4)}}, "logits must be a tensor, got dict"),
+        ({"target": np.zeros((2, 4), dtype=np.int64)}, "target must be a tensor, got ndarray"),
+        ({"weight": [1.0, 1.0, 1.0]}, "weight must be a tensor, got list"),
+        ({"label_smoothing": None}, "label_smoothing must be a float, got NoneType"),
+        ({"label_smoothing": torch.tensor(0.1)}, "label_smoothing must be a float, got Tensor"),
+        ({"ignore_index": None}, "ignore_index must be an int, got NoneType"),
+        ({"ignore_index": 2.0}, "ignore_index must be an int, got float"),
+        ({"p": "1.3"}, "p must be a float or a 0-dim tensor, got str"),
+        ({"p": True}, "p must be a float or a 0-dim tensor, got bool"),
+        ({"ratio": None}, "ratio must be a float or a 0-dim tensor, got NoneType"),
+    ],
+)
+def test_other_types_are_named(change, says):
+    arguments = {"logits": torch.zeros(2, 3, 4), "target": torch.zeros(2, 4, dtype=torch.long), **change}
+    with pytest.raises(TypeError, match=says):
+        lmp_triton.loss_max_pooling(**arguments)
+    if not change.keys() & {"logits", "target"}:
+        with pytest.raises(TypeError, match=says):
+            lmp_triton.LossMaxPooling(**change)
+
+
+def test_other_types_of_losses_are_named():
+    for function in (lmp_triton.pool_losses, lmp_triton.optimal_weights):
+        with pytest.raises(TypeError, match="losses must be a tensor, got list"):
+            function([1.0, 2.0])
+        with pytest.raises(TypeError, match="mask must be a tensor, got list"):
+            function(torch.ones(1, 2), [True, False])
+
+
+def test_numpy_scalars(rng, backend, device):
+    """What F.cross_entropy takes, too."""
+    logits, target = labelled((2, 6, 7), 5, device=device)
+    expected = lmp_triton.loss_max_pooling(
+        logits, target, p=1.5, ratio=0.25, ignore_index=255, label_smoothing=0.5, backend=backend
+    )
+    options = {
+        "p": np.float32(1.5),
+        "ratio": np.float64(0.25),
+        "ignore_index": np.int64(255),
+        "label_smoothing": np.float16(0.5),
+    }
+    assert lmp_triton.loss_max_pooling(logits, target, **options, backend=backend) == expected
+    assert lmp_triton.LossMaxPooling(**options, backend=backend)(logits, target) == expected
+
+
+def test_ignore_index_of_any_size(rng, backend, device):
+    logits, target = labelled((2, 6, 7), 5, device=device, ignored=0.0)
+    expected = lmp_triton.loss_max_pooling(logits, target, backend=backend)
+    for ignore_index in (-(2**63), 2**63 - 1):
+        assert lmp_triton.loss_max_pooling(logits, target, ignore_index=ignore_index, backend=backend) == expected
+    with pytest.raises(ValueError, match="ignore_index must fit an int64"):
+        lmp_triton.loss_max_pooling(logits, target, ignore_index=2**63, backend=backend)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_infinite_losses(rng, backend, device, smoothing):
+    """NaN where F.cross_entropy says inf: at the label, and with smoothing anywhere; a masked class alone is legal."""
+    logits, target = torch.randn(2, 3, 20, device=device), torch.ones(2, 20, dtype=torch.long, device=device)
+    logits[0, 2, 5] = -torch.inf
+    logits[1, 1, 5] = -torch.inf
+    plain = F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+    loss = lmp_triton.loss_max_pooling(logits, target, label_smoothing=smoothing, reduction="none", backend=backend)
+    assert plain.isinf().any(1).tolist() == loss.isnan().tolist() == [smoothing > 0, True]

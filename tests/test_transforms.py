@@ -61,3 +61,31 @@ def test_transforms_are_refused_under_compile(function, name):
     compiled = torch.compile(lambda x: TRANSFORMS[name](call, x), backend="aot_eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"does not run under the transforms of torch.func"):
         compiled(x)
+
+
+def test_batched_gradients_are_refused(rng, backend, device):
+    """These use an older vmap, in the backward pass alone."""
+    logits, target = labelled((2, 6, 7), 5, device=device)
+
+    def call(x):
+        return lmp_triton.loss_max_pooling(x, target, ignore_index=255, reduction="none", backend=backend)
+
+    x = logits.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="with batched gradients"):
+        torch.autograd.grad(call(x), x, torch.eye(2, device=device), is_grads_batched=True)
+    with pytest.raises(NotImplementedError, match="with batched gradients"):
+        torch.autograd.functional.jacobian(call, logits, vectorize=True)
+    y = torch.rand(2, 9, device=device, requires_grad=True)
+    loss = lmp_triton.pool_losses(y, reduction="none", backend=backend)
+    with pytest.raises(NotImplementedError, match="with batched gradients"):
+        torch.autograd.grad(loss, y, torch.eye(2, device=device), is_grads_batched=True)
+    rows = torch.autograd.functional.jacobian(call, logits)  # one after another they do
+    for i in range(2):
+        (expected,) = torch.autograd.grad(call(x)[i], x)
+        assert torch.equal(rows[i], expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_jit_trace_is_refused(function):
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace can't record"):
+        torch.jit.trace(*function)
