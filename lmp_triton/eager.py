@@ -294,7 +294,7 @@ def _gradient(x: Tensor, label: Tensor, a: Tensor, b: Tensor, w: Tensor, share: 
     # will get through, since its segment is poisoned and the factor NaN. Elsewhere the sum is 1 at least.
     d = (x - x.amax(1, keepdim=True)).exp().nan_to_num()
     d = d * (a / d.sum(1, keepdim=True).clamp_min(1.0))
-    if traced(x):  # a compiler makes one loop of it
+    if traced():  # a compiler makes one loop of it
         d = torch.where(torch.arange(x.shape[1], device=x.device)[:, None] == label, d + b, d)
     else:
         d.scatter_add_(1, label.long(), b)
