@@ -250,6 +250,11 @@ def programs_a_row(
     return min(tiles, -(-config.per_multiprocessor * multiprocessors(device) // rows))
 
 
+def programs_of_device(config: UpsampledConfig, device: torch.device) -> int:
+    """How many programs are enough for all of a device."""
+    return config.per_multiprocessor * multiprocessors(device)
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; 1 in the interpreter, where programs run one after another."""

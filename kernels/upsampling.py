@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bilinear import Axis, axis
-from .configs import Table, UpsampledConfig, multiprocessors
+from .configs import Table, UpsampledConfig, programs_of_device
 from .layout import Strides, unit_of
 from .logits import within_classes
 
@@ -331,7 +331,7 @@ def plan(
     smooth: bool,
 ) -> Plan:
     """From logits (N, C, h, w) to size (H, W), whose target has these strides. per_image is left open, False."""
-    enough = table.upsampled.per_multiprocessor * multiprocessors(logits.device)
+    enough = programs_of_device(table.upsampled, logits.device)
     return _plan(logits.shape, size, target_stride, align_corners, table.upsampled, enough, smooth)
 
 

@@ -238,3 +238,25 @@ def test_export_of_the_kernels(rng, device, strict):
     assert "lmp_triton.pool_logits.default" in names
     inputs = data(device)
     torch.testing.assert_close(program.module()(*inputs), module(*inputs), rtol=2e-6, atol=0)
+
+
+UPSAMPLED = [{}, {"label_smoothing": 0.1, "scope": "batch", "reduction": "sum"}]
+
+
+@pytest.mark.parametrize("engine", ["aot_eager", INDUCTOR])
+@pytest.mark.parametrize("options", UPSAMPLED)
+def test_upsampled(rng, backend, device, engine, options):
+    """The loss that upsamples, in one graph with a model, and for any sizes in one compilation."""
+    parameter = torch.rand(5, 1, 1, device=device, requires_grad=True)
+    criterion = lmp_triton.UpsampledLossMaxPooling(ignore_index=255, backend=backend, **options).to(device)
+
+    def step(x, target):
+        return criterion(parameter * x, target)
+
+    def sizes(images, nodes, pixels):
+        return torch.randn(images, 5, *nodes, device=device), labelled((images, *pixels), 5, device=device)[1]
+
+    compiled = torch.compile(step, fullgraph=True, backend=engine, dynamic=True)
+    check(step, compiled, parameter, *sizes(2, (4, 6), (8, 10)))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        check(step, compiled, parameter, *sizes(3, (6, 7), (9, 14)))

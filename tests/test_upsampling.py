@@ -351,3 +351,70 @@ def test_axis(rng, align_corners):
         for pixel in range(pixels):
             cell = axis.cell_of(pixel)
             assert axis.first_pixel(cell) <= pixel < axis.first_pixel(cell + 1)
+
+
+# --- real clients -------------------------------------------------------------------------------------------------
+
+
+def matches_interpolation(small, large, target, parameter):
+    """A training step with the fused loss is one with the large logits."""
+    loss = lmp_triton.upsampled_loss_max_pooling(small, target, ignore_index=255)
+    (grad,) = torch.autograd.grad(loss, parameter, retain_graph=True)
+    expected = lmp_triton.loss_max_pooling(large, target, ignore_index=255)
+    (expected_grad,) = torch.autograd.grad(expected, parameter)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5 * expected_grad.abs().max().item())
+
+
+@pytest.mark.slow
+def test_segformer(rng):
+    """transformers' SegFormer: its logits have a quarter of the size."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"depths": [1] * 4, "hidden_sizes": [8, 16, 16, 24], "num_attention_heads": [1, 1, 2, 2]}
+    config = transformers.SegformerConfig(num_labels=5, decoder_hidden_size=16, **sizes)
+    model = transformers.SegformerForSemanticSegmentation(config)
+    _, target = labelled((2, 64, 96), 5)
+    logits = model(pixel_values=torch.randn(2, 3, 64, 96)).logits
+    assert logits.shape == (2, 5, 16, 24)
+    large = F.interpolate(logits, target.shape[1:], mode="bilinear")
+    matches_interpolation(logits, large, target, model.decode_head.classifier.weight)
+
+
+@pytest.mark.slow
+def test_deeplabv3(rng):
+    """torchvision's deeplabv3: what its classifier makes before the last interpolation, an eighth of the size."""
+    segmentation = pytest.importorskip("torchvision").models.segmentation
+    model = segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=4).eval()
+    images, target = torch.randn(2, 3, 65, 96), labelled((2, 65, 96), 4)[1]
+    small = model.classifier(model.backbone(images)["out"])
+    assert small.shape == (2, 4, 9, 12)
+    matches_interpolation(small, model(images)["out"], target, model.classifier[-1].weight)
+
+
+class Head(torch.nn.Module):
+    """What an mmsegmentation decode head does with its layers' output, with and without its resizing."""
+
+    def __init__(self, align_corners, loss_decode, resizes):
+        super().__init__()
+        self.conv_seg = torch.nn.Conv2d(6, 3, 1)
+        self.align_corners, self.loss_decode, self.resizes = align_corners, loss_decode, resizes
+
+    def loss_by_feat(self, seg_logits, label):
+        if self.resizes:
+            seg_logits = F.interpolate(seg_logits, label.shape[1:], None, "bilinear", self.align_corners)
+        return {self.loss_decode.loss_name: self.loss_decode(seg_logits, label, ignore_index=255)}
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("options", [{}, {"class_weight": [1.0, 2.0, 0.5]}, {"reduction": "none"}])
+def test_decode_head(rng, align_corners, options):
+    from lmp_triton.integrations.dropins import DecodeHeadLoss
+
+    features, (_, label) = torch.randn(2, 6, 5, 7), labelled((2, 33, 49), 3)
+    head = Head(align_corners, DecodeHeadLoss(**options), True)
+    other = Head(align_corners, DecodeHeadLoss(align_corners=align_corners, **options), False)
+    other.load_state_dict(head.state_dict())
+    (expected,), (loss,) = (x.loss_by_feat(x.conv_seg(features), label).values() for x in (head, other))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad(y.sum(), x.conv_seg.weight)[0] for x, y in ((head, expected), (other, loss))]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)

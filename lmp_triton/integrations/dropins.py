@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
-from ..api import loss_max_pooling, optimal_weights, pool_losses
+from ..api import loss_max_pooling, optimal_weights, pool_losses, upsampled_loss_max_pooling
 from ..types import CrossEntropy, Pool
 
 
@@ -188,6 +188,14 @@ class DecodeHeadLoss(nn.Module):
         class_weight: one number a class.
         loss_weight: a factor of the result.
         loss_name: the key in the log; to be part of the total loss it must start with "loss_".
+        align_corners: None: cls_score has the size of the label, as mmsegmentation's heads make it. A bool: it is
+            smaller, as the head's layers leave it, and upsampled on the way by `lmp_triton.upsampled_loss_max_pooling`;
+            for a head whose `loss_by_feat` leaves the resizing out:
+
+                def loss_by_feat(self, seg_logits, batch_data_samples):
+                    label = self._stack_batch_gt(batch_data_samples).squeeze(1)
+                    loss = self.loss_decode
+                    return {loss.loss_name: loss(seg_logits, label, ignore_index=self.ignore_index)}
     """
 
     class_weight: Tensor | None
@@ -202,8 +210,12 @@ class DecodeHeadLoss(nn.Module):
         loss_name: str = "loss_lmp",
         scope: str = "image",
         backend: str = "auto",
+        align_corners: bool | None = None,
     ) -> None:
         super().__init__()
+        if align_corners is not None:
+            checks.align_corners(align_corners)
+        self.align_corners = align_corners
         checks.pool(Pool(p, ratio, scope, reduction), None)
         weight = None if class_weight is None else torch.as_tensor(class_weight, dtype=torch.float32)
         checks.cross_entropy(CrossEntropy(weight))
@@ -247,9 +259,16 @@ class DecodeHeadLoss(nn.Module):
             "backend": self.backend,
             "reduction": reduction,
         }
-        if weight is None and reduction != "none":
-            loss = loss_max_pooling(cls_score, label, weight=self.class_weight, ignore_index=ignore_index, **options)
+        pooled = weight is None and reduction != "none"
+        if pooled:
+            options |= {"weight": self.class_weight, "ignore_index": ignore_index}
+        if pooled and self.align_corners is not None:
+            loss = upsampled_loss_max_pooling(cls_score, label, align_corners=self.align_corners, **options)
+        elif pooled:
+            loss = loss_max_pooling(cls_score, label, **options)
         else:
+            if self.align_corners is not None:
+                cls_score = F.interpolate(cls_score, label.shape[1:], None, "bilinear", self.align_corners)
             losses = F.cross_entropy(
                 cls_score.to(torch.promote_types(cls_score.dtype, torch.float32)),
                 label.long(),
