@@ -157,6 +157,7 @@ def solve(pixels: PixelLosses, pool: Pool) -> Pooling:
         tied = ties.long()
     saturated = torch.where(uniform, valid, above + torch.where((drop == 0) & (pivot > 0), tied, 0))
     loss = torch.where(valid > 0, heavy + torch.where(uniform, 0.0, rest), 0.0)
+    loss = loss.clamp_max(torch.finfo(dtype).max)  # it is at most the largest loss: beyond by a rounding
 
     loss, alpha, tau, drop = (torch.where(poisoned, torch.nan, x) for x in (loss, alpha, tau, drop))
     step = tau

@@ -140,8 +140,9 @@ def _counted(row: Tensor, ratio: Tensor, q: Tensor) -> Crossing:
     power_sum = (count * power).cumsum(0) / power
     last = int(((above + power_sum >= m) & (log2_power < 900.0)).nonzero()[-1])
     margin = 2.0**-20
-    low = 2.0 ** (float(edges[last]) - bias + math.log2(power_sum[last] / (m - above[last])) / float(q)) * (1 - margin)
-    high = low * (1 + 2.0**-mantissa_bits) * (1 + 3 * margin)
+    log2_low = float(edges[last]) - bias + math.log2(power_sum[last] / (m - above[last])) / float(q)
+    low = 2.0 ** min(log2_low, 1023.5) * (1 - margin)
+    high = low * (1 + 2.0**-mantissa_bits) * (1 + 3 * margin) if log2_low < 1023.5 else math.inf
     t, high = (float(torch.tensor(min(x, torch.finfo(dtype).max), dtype=dtype)) for x in (low, high))
 
     beyond, total, inside = torch.zeros_like(valid), torch.zeros_like(m), []
@@ -269,7 +270,7 @@ def in_rounds(losses: Tensor, ratio: Tensor, q: Tensor, group: Any = None) -> Cr
         above = torch.cat([above, above - counts.cumsum(1)], 1)
         power_sum = _scan(torch.cat([power_sum, powers.to(m.dtype) / scale], 1), edges.to(m.dtype), q)
         last = ((above + power_sum >= m.unsqueeze(1)).sum(1, keepdim=True) - 1).clamp_min(0)
-        lo = lo + (last << shift).to(integer)
+        lo = (lo + (last << shift)).clamp_max(largest).to(integer)
         above, power_sum = above.gather(1, last), power_sum.gather(1, last)
     pivot = lo.squeeze(1).view(losses.dtype)
     return Crossing(valid, poisoned, m, pivot, above.squeeze(1), power_sum.squeeze(1))
