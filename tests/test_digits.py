@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from support import Later
 
-pytest.importorskip("sklearn", reason="scikit-learn, of the extras demo and segmentation")
-pytest.importorskip("torchmetrics", reason="torchmetrics, of the extras demo and segmentation")
-
-from lmp_triton.segmentation import digits, loop
-from lmp_triton.segmentation.digits import ComposedDigits
+from lmp_triton.segmentation import digits
 from lmp_triton.segmentation.unet import UNet
+
+loop = Later("lmp_triton.segmentation.loop", "torchmetrics")
+
+
+def ComposedDigits(*arguments, **options):
+    pytest.importorskip("sklearn", reason="scikit-learn, of the extras demo and segmentation")
+    return digits.ComposedDigits(*arguments, **options)
 
 
 @pytest.fixture(scope="module")

@@ -6,22 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("jsonargparse", reason="jsonargparse, of the extra segmentation")
-pytest.importorskip("lightning", reason="lightning, of the extra segmentation")
-pytest.importorskip("segmentation_models_pytorch", reason="segmentation_models_pytorch, of the extra segmentation")
-pytest.importorskip("sklearn", reason="scikit-learn, of the extra segmentation")
-pytest.importorskip("torchvision", reason="torchvision, of the extra segmentation")
-
 import trees
 
 from lmp_triton import cli
-from lmp_triton.segmentation import baselines
-from lmp_triton.segmentation.task import SegmentationTask
+
+PACKAGES = ("jsonargparse", "lightning", "segmentation_models_pytorch", "sklearn", "torchvision")
+pytestmark = pytest.mark.skipif(
+    any(find_spec(package) is None for package in PACKAGES), reason=f"{', '.join(PACKAGES)}, of the extra segmentation"
+)
 
 SMALL = (
     *("--model.model", "unet", "--model.model_options", "{width: 4, depth: 1}"),
@@ -96,6 +93,8 @@ def missing(root):
 
 @pytest.mark.parametrize("spoil", [broken_size, unknown_label, truncated, missing])
 def test_bad_data_ends_with_status_2_and_the_file_before_training(spoil, folder, capsys, monkeypatch):
+    from lmp_triton.segmentation.task import SegmentationTask
+
     monkeypatch.setattr(SegmentationTask, "training_step", lambda *_: pytest.fail("it started to train"))
     root = trees.folder(folder / "tree")
     file, reason = spoil(root)
@@ -188,6 +187,8 @@ def test_other_criteria(name, folder):
 
 
 def test_median_frequency_weights_come_from_the_training_set(folder, monkeypatch):
+    from lmp_triton.segmentation import baselines
+
     seen = []
     monkeypatch.setitem(
         baselines.CRITERIA,

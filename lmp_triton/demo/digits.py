@@ -10,7 +10,7 @@ from torch import Tensor, nn, optim
 from torch.optim.lr_scheduler import LRScheduler
 
 from lmp_triton.segmentation import loop
-from lmp_triton.segmentation.digits import CLASSES, ComposedDigits
+from lmp_triton.segmentation.digits import CLASSES, COLOURS, ComposedDigits
 from lmp_triton.segmentation.unet import UNet
 
 from .scene import Batch, Scene
@@ -25,19 +25,7 @@ class Digits(Scene):
     """The setting of segmentation/RESULTS.md, with its network and its solver."""
 
     classes = tuple(name if name == "background" else f"digit {name}" for name in CLASSES)
-    colours = (
-        "#20242c",
-        "#e6e6e6",
-        "#f2c14e",
-        "#f78154",
-        "#c94f7c",
-        "#7b5ea7",
-        "#4d7ea8",
-        "#3fa7d6",
-        "#59cd90",
-        "#a3c93a",
-        "#ee3d3d",
-    )
+    colours = COLOURS
     ignore_index = 255  # no pixel is ignored
     shares_of = "training pixels"
     held_out_name = "test canvases, all digits equally frequent"

@@ -15,9 +15,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["CLASSES", "TRAINING_SCANS", "ComposedDigits"]
+__all__ = ["CLASSES", "COLOURS", "TRAINING_SCANS", "ComposedDigits"]
 
 CLASSES = ("background", *"0123456789")
+COLOURS = (
+    "#20242c",
+    "#e6e6e6",
+    "#f2c14e",
+    "#f78154",
+    "#c94f7c",
+    "#7b5ea7",
+    "#4d7ea8",
+    "#3fa7d6",
+    "#59cd90",
+    "#a3c93a",
+    "#ee3d3d",
+)
+"""Of the classes on pictures."""
 TRAINING_SCANS = 1100
 """The training canvases are made from so many scans, the test canvases from the other 697."""
 INK = 6.0
