@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .numerics import INF_BITS, bits_float, float_bits, log2_ratio, power
+from .numerics import INF_BITS, bits_float, float_bits, log2_of_share, log2_ratio, power
 from .workspace import BIN_SHIFT, BINS, FINE_BINS, FINE_BITS, FIRST_BIN, HISTOGRAM
 
 THRESHOLDS = tl.constexpr(4)
@@ -18,9 +18,10 @@ NUDGE = tl.constexpr(4)  # units in the last place to either side of a Newton st
 
 
 @triton.jit
-def decay(x, t, q):
+def decay(x, t, q, POWER: tl.constexpr):
     """−log2 of (x/t)^q for 0 ≤ x ≤ t: what a sum of powers relative to x loses on the way to t."""
-    return tl.where(x > 0, -q * log2_ratio(x, t), 1e6)
+    y, rest = log2_of_share(x, t, POWER)
+    return tl.where(x > 0, -q * (y + rest), 1e6)
 
 
 @triton.jit
@@ -62,7 +63,7 @@ class End(NamedTuple):
 
 
 @triton.jit
-def bracket_of_bins(bins, base, outside, lo, hi, m, q):
+def bracket_of_bins(bins, base, outside, lo, hi, m, q, POWER: tl.constexpr):
     """A bracket inside (lo, hi], from the counts of bins that cover it; and how many it holds.
 
     base: Σ (ℓ/lo)^q of the losses up to lo; outside: how many lie above hi.
@@ -73,10 +74,11 @@ def bracket_of_bins(bins, base, outside, lo, hi, m, q):
     previous = bits_float(bins.before)
     count = bins.counts.to(tl.float32)
     carried = tl.where(bins.before == lo, base, 0.0)  # the first bin alone
-    carried = tl.where(previous > 0, carried * power(tl.minimum(previous, high), high, q), 0.0)
-    least = carried + tl.where(low > 0, count * power(tl.minimum(low, high), high, q), 0.0)
+    carried = tl.where(previous > 0, carried * power(tl.minimum(previous, high), high, q, POWER), 0.0)
+    least = carried + tl.where(low > 0, count * power(tl.minimum(low, high), high, q, POWER), 0.0)
     most = carried + count
-    _decay, least, most = tl.associative_scan((decay(tl.minimum(previous, high), high, q), least, most), 0, add_bounds)
+    loss = decay(tl.minimum(previous, high), high, q, POWER)
+    _decay, least, most = tl.associative_scan((loss, least, most), 0, add_bounds)
     above = (outside + tl.sum(bins.counts, 0) - tl.cumsum(bins.counts, 0)).to(tl.float64)
     lo = tl.maximum(lo, tl.max(tl.where(above + (least * (1 - MARGIN)).to(tl.float64) >= m, bins.upper, 0), 0))
     hi = tl.minimum(hi, tl.min(tl.where(above + (most * (1 + MARGIN)).to(tl.float64) < m, bins.upper, INF_BITS), 0))
@@ -85,7 +87,7 @@ def bracket_of_bins(bins, base, outside, lo, hi, m, q):
 
 
 @triton.jit
-def first_bracket(segment):
+def first_bracket(segment, POWER: tl.constexpr):
     """The bracket by the histogram of stage one, and how many losses it holds at most (zeros may count)."""
     place = tl.arange(0, BINS)
     counts = tl.load(segment.here + HISTOGRAM + place)  # 0 for bin 0
@@ -96,7 +98,7 @@ def first_bracket(segment):
     before = tl.where(place == 0, 0, lower - 1)
     bins = Bins(counts, tl.minimum(before, max_bits), tl.minimum(lower, max_bits), tl.minimum(upper, max_bits))
     # Past the maximum there is nothing left to separate, whatever the sign of f.
-    return bracket_of_bins(bins, 0.0, tl.cast(0, tl.int64), 0, max_bits + 1, segment.m, segment.q.to(tl.float32))
+    return bracket_of_bins(bins, 0.0, tl.cast(0, tl.int64), 0, max_bits + 1, segment.m, segment.q32, POWER)
 
 
 @triton.jit
@@ -107,23 +109,24 @@ def fine_shift(lo, hi):
 
 
 @triton.jit
-def finer_bracket(counts, base, outside, lo, hi, m, q):
+def finer_bracket(counts, base, outside, lo, hi, m, q, POWER: tl.constexpr):
     """The bracket by the counts of FINE_BINS bins of (lo, hi], and how many losses it holds."""
     place = tl.arange(0, FINE_BINS)
     shift = fine_shift(lo, hi)
     before = lo + tl.minimum(place << shift, hi - lo)  # added first, it might not fit 32 bits
     upper = lo + tl.minimum((place + 1) << shift, hi - lo)
     bins = Bins(counts, before, tl.minimum(before + 1, upper), upper)
-    return bracket_of_bins(bins, base, outside, lo, hi, m, q)
+    return bracket_of_bins(bins, base, outside, lo, hi, m, q, POWER)
 
 
 @triton.jit
 def root_of_piece(end, m, q):
     """t·(R(t)/c)^(1/q), an upper bound of α* (Newton's step in α^q), as a bit pattern; INF_BITS where c ≤ 0."""
-    c = m - end.above.to(tl.float64)
-    step = tl.exp2(tl.log2(tl.maximum(end.powers, 1e-300) / tl.where(c > 0, c, 1.0)) / q)
-    bits = float_bits((bits_float(end.bits).to(tl.float64) * tl.minimum(step, 1e30)).to(tl.float32))
-    return tl.where((c > 0) & (end.bits > 0) & (end.powers > 0), tl.minimum(bits, INF_BITS), INF_BITS)
+    c = (m - end.above.to(tl.float64)).to(tl.float32)
+    powers = end.powers.to(tl.float32)
+    some = (c > 0) & (end.bits > 0) & (powers > 0)
+    step = tl.exp2(tl.log2(tl.where(some, powers, 1.0) / tl.where(some, c, 1.0)) / q)
+    return tl.where(some, tl.minimum(float_bits(bits_float(end.bits) * tl.minimum(step, 1e30)), INF_BITS), INF_BITS)
 
 
 @triton.jit
@@ -131,21 +134,23 @@ def propose(lo, hi, m, q):
     """The next THRESHOLDS, strictly between the ends lo and hi: about Newton's step, the chord and the middle.
 
     Where neither end has a Newton step, as at p = 1, four thresholds cut the bracket into five.
-    The bracket of bit patterns is halved at least, so there are never more than 31 rounds.
+    The bracket of bit patterns is halved at least, so there are never more than 31 rounds. Nothing hangs on how well
+    they are chosen but the number of rounds, so q is a float32 and so is all that is computed here: float64 would be
+    most of a round.
     """
     k = tl.arange(0, THRESHOLDS)
-    # α* lies below both Newton steps. The chord of s·f(s^(1/q)), which is concave, bounds it from below.
+    # α* lies below both Newton steps. The chord of s·f(s^(1/q)), which is concave, bounds it from below: it is 0 at
+    # s = lo^q·(1 + (1 − u)·f(lo)/(u·f(lo) − f(hi))), u = (lo/hi)^q.
     newton = tl.minimum(root_of_piece(lo, m, q), root_of_piece(hi, m, q))
     fifth = (hi.bits - lo.bits) // 5
     middle = lo.bits + (hi.bits - lo.bits) // 2
     chord = lo.bits + fifth
     if (hi.powers > 0) & (lo.bits > 0):
-        u = tl.exp2(q * (tl.log2(bits_float(lo.bits).to(tl.float64)) - tl.log2(bits_float(hi.bits).to(tl.float64))))
-        f_lo = tl.maximum(lo.above.to(tl.float64) + lo.powers - m, 0.0) * u
-        f_hi = m - hi.above.to(tl.float64) - hi.powers
-        u += (1 - u) * f_lo / (f_lo + f_hi)
-        edge = bits_float(hi.bits).to(tl.float64) * tl.exp2(tl.log2(tl.maximum(u, 1e-300)) / q)
-        chord = float_bits(edge.to(tl.float32)) - NUDGE
+        start = bits_float(lo.bits)
+        u = tl.exp2(q * log2_ratio(start, bits_float(hi.bits)))
+        f_lo = tl.maximum(lo.above.to(tl.float64) + lo.powers - m, 0.0).to(tl.float32)
+        f_hi = (m - hi.above.to(tl.float64) - hi.powers).to(tl.float32)
+        chord = float_bits(start * tl.exp2(tl.log2(1 + (1 - u) * f_lo / (u * f_lo + f_hi)) / q)) - NUDGE
     if newton == INF_BITS:
         t = lo.bits + (k + 1) * fifth + (k + 1) // 2
     else:

@@ -80,6 +80,8 @@ class SelectConfig(NamedTuple):
     """Losses of the list a tile, for the program that solves: four thresholds are tried on each."""
     passes: tuple[int, ...]
     """Segments longer than the k-th entry get k + 1 passes that narrow the bracket before the list is made."""
+    approximation: str
+    """Of powers, where one is precise enough: see `numerics.power`."""
 
 
 class SortConfig(NamedTuple):
@@ -144,7 +146,13 @@ AMPERE = Table(
     rows=ClassRows(above=32, block=128, elements=1024, wide_elements=4096, warps=4, per_multiprocessor=8),
     stream=StreamConfig(block=1024, warps=4, per_multiprocessor=8),
     select=SelectConfig(
-        block=1024, warps=16, per_multiprocessor=4, capacity=8192, solve_block=1024, passes=(1 << 13, 1 << 19, 1 << 25)
+        block=1024,
+        warps=8,
+        per_multiprocessor=2,
+        capacity=8192,
+        solve_block=512,
+        passes=(1 << 13, 1 << 21, 1 << 27),
+        approximation="approx",
     ),
     forward_solve_block=128,
     sort=SortConfig(run=2048, lanes=128, warps=8, up_to=2048),
@@ -161,6 +169,8 @@ BLACKWELL = AMPERE._replace(
 )
 # With 128 losses a tile the rounds at the end of the one launch spill there.
 CONSUMER_BLACKWELL = BLACKWELL._replace(forward_solve_block=256)
+# The interpreter and AMD GPUs have no such instruction.
+OTHERS = AMPERE._replace(select=AMPERE.select._replace(approximation="log2"))
 TABLES: dict[int, Table] = {
     80: AMPERE,
     86: AMPERE,
@@ -173,9 +183,9 @@ TABLES: dict[int, Table] = {
 
 
 def table_for(capability: int) -> Table:
-    """The table of a compute capability; of the next older one listed, or the oldest, if it is not."""
+    """The table of a compute capability, or of the next older one listed; 0: of what is no NVIDIA GPU."""
     known = [listed for listed in sorted(TABLES) if listed <= capability]
-    return TABLES[known[-1] if known else min(TABLES)]
+    return TABLES[known[-1] if known else min(TABLES)] if capability else OTHERS
 
 
 _in_use: Table | None = None
@@ -193,7 +203,7 @@ def using(table: Table) -> Iterator[None]:
 
 
 def table(device: torch.device) -> Table:
-    """The table for a device: the oldest one in the interpreter, and on AMD GPUs, which have another numbering."""
+    """The table for a device: that of capability 0 in the interpreter and on AMD GPUs, which are numbered otherwise."""
     return _in_use or _table(device)
 
 

@@ -111,7 +111,7 @@ def softmax_losses_kernel(task: Task, C: tl.constexpr):
     """Losses, labels and statistics of the pixels of an image; grid N × programs, which stride over the tiles.
 
     Reads   logits once, target once, weight.
-    Writes  losses, labels, nll; workspace: maximum, count and histogram of the segment, BINS + 2 atomics a program.
+    Writes  losses, labels, nll; workspace: maximum, count and histogram of the segment, see `workspace.publish`.
     Bytes   C·sizeof(logit) + sizeof(target) read, 5 written a pixel (C ≤ 255; 6 above; 4 more with nll).
     """
     wait_for_launch_before()

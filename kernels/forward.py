@@ -10,7 +10,7 @@ from .cross_entropy import write_losses
 from .launch import TooLarge, launch, resident_programs
 from .layout import unit_of
 from .select import solve_segment
-from .solution import Outputs, Parameters
+from .solution import Outputs, Parameters, power_for
 from .workspace import FINISHED, PASSED, WORDS, raise_flag, take_ticket, wait_for
 
 
@@ -54,7 +54,8 @@ def losses_and_solution(
     device = inputs.logits.device
     way = cross_entropy.walk_of(inputs, buffers, table)
     block, solve_block = way.config.block, table.forward_solve_block
-    solve = select.Constants(unit_of(length), passes, 0, passes + 1, True, reduction, block, solve_block)
+    power = power_for(parameters, table.select.approximation)
+    solve = select.Constants(unit_of(length), passes, 0, passes + 1, True, reduction, power, block, solve_block)
     constants = (way.constants, solve)
 
     def tasks(programs: int) -> tuple[cross_entropy.Task, select.Task]:

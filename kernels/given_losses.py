@@ -45,7 +45,7 @@ def mark_losses_kernel(task: Task, C: tl.constexpr):
 
     Reads   given (N, L), any float type, strided; mask (N, L) uint8, strided, not 0 where valid, or None.
     Writes  losses (N, L) float32: ℓ, −1 where the mask is 0, NaN where ℓ is negative or not finite;
-            workspace: maximum, count and histogram of the segment, BINS + 2 atomics a program.
+            workspace: maximum, count and histogram of the segment, see `workspace.publish`.
     Bytes   sizeof(loss) + 1 read, 4 written a pixel.
     """
     wait_for_launch_before()

@@ -28,8 +28,8 @@ from .bracket import THRESHOLDS, End, fine_shift, finer_bracket, first_bracket, 
 from .configs import SelectConfig, fraction_bits, passes_for, programs_a_row
 from .launch import TooLarge, launch, resident_programs, wait_for_launch_before
 from .layout import unit_of
-from .numerics import INF_BITS, bits_float, float_bits, from_fixed, normaliser, power, to_fixed
-from .solution import Outputs, Parameters, load_segment, write_solution
+from .numerics import bits_float, float_bits, from_fixed, normaliser, power, to_fixed
+from .solution import Outputs, Parameters, load_segment, power_for, write_solution
 from .workspace import (
     ABOVE_COUNT,
     ABOVE_SUM,
@@ -76,6 +76,8 @@ class Constants(NamedTuple):
     """Phases first to end − 1 are run: those below `passes` narrow the bracket, phase `passes` solves."""
     wait: bool
     reduction: str
+    power: str
+    """POWER of `numerics.power`."""
     block: int
     solve_block: int
 
@@ -99,7 +101,7 @@ class Candidates(NamedTuple):
 
 
 @triton.jit
-def evaluate(candidates, thresholds, q, fraction_bits, BLOCK: tl.constexpr):
+def evaluate(candidates, thresholds, q, fraction_bits, POWER: tl.constexpr, BLOCK: tl.constexpr):
     """For each of the thresholds (bit patterns): how many candidates lie above, Σ (ℓ/t)^q of the others."""
     above = tl.zeros([THRESHOLDS, BLOCK], tl.int32)
     powers = tl.zeros([THRESHOLDS, BLOCK], tl.int64)
@@ -112,43 +114,44 @@ def evaluate(candidates, thresholds, q, fraction_bits, BLOCK: tl.constexpr):
         in_bracket = (bits > candidates.lo) & (bits <= candidates.hi)
         above += (in_bracket[None, :] & (bits[None, :] > thresholds[:, None])).to(tl.int32)
         under = in_bracket[None, :] & (bits[None, :] <= thresholds[:, None])
-        share = to_fixed(power(tl.minimum(x[None, :], t), t, q), fraction_bits)
-        powers += tl.where(under, share, 0)
-    return tl.sum(above.to(tl.int64), 1), tl.sum(powers, 1)
+        powers += to_fixed(power(tl.where(under, x[None, :], 0.0), t, q, POWER), fraction_bits)
+    return tl.sum(above, 1), tl.sum(powers, 1)
 
 
 @triton.jit
 def heaviest(candidates, pivot, norm, fraction_bits, BLOCK: tl.constexpr):
     """Σ ℓ (normalised, fixed point) over the candidates above the pivot, and how many equal the pivot."""
     total = tl.zeros([BLOCK], tl.int64)
-    ties = tl.zeros([BLOCK], tl.int64)
+    ties = tl.zeros([BLOCK], tl.int32)
     for start in range(0, candidates.length, BLOCK):
         index = start + tl.arange(0, BLOCK)
         x = tl.load(candidates.list + index, mask=index < candidates.length, other=-1.0, cache_modifier=".cg")
         bits = float_bits(x)
         over = (bits > candidates.lo) & (bits <= candidates.hi) & (bits > pivot)
-        total += tl.where(over, to_fixed(x * norm, fraction_bits - 2), 0)
-        ties += ((bits == pivot) & (bits > candidates.lo)).to(tl.int64)
-    return tl.sum(total, 0), tl.sum(ties, 0)
+        total += to_fixed(tl.where(over, x * norm, 0.0), fraction_bits - 2)
+        ties += ((bits == pivot) & (bits > candidates.lo)).to(tl.int32)
+    return tl.sum(total, 0), tl.sum(ties, 0).to(tl.int64)
 
 
 @triton.jit
-def narrow_bracket(share, segment, capacity, flag, PASS: tl.constexpr, WAIT: tl.constexpr, BLOCK: tl.constexpr):
-    """Narrow the bracket of a segment to about two of 256 bins, unless it holds `capacity` losses or fewer.
+def narrow_bracket(share, segment, capacity, flag, PASS: tl.constexpr, C: tl.constexpr):
+    """Narrow the bracket of a segment to about two of 256 bins, unless its losses fill less than a quarter of the list.
 
     The program that ends last writes LO, HI and INSIDE; the other words it uses are zero again. With WAIT the others
     wait for it, until PASSED is `flag`.
     """
+    WAIT: tl.constexpr = C.wait
+    BLOCK: tl.constexpr = C.block
+    POWER: tl.constexpr = C.power
     here = segment.here
-    q32 = segment.q.to(tl.float32)
     if PASS == 0:
-        lo, hi, inside = first_bracket(segment)
+        lo, hi, inside = first_bracket(segment, POWER)
     else:
         lo = tl.load(here + LO, cache_modifier=".cg").to(tl.int32)
         hi = tl.load(here + HI, cache_modifier=".cg").to(tl.int32)
         inside = tl.load(here + INSIDE, cache_modifier=".cg")
 
-    if (inside <= capacity) | segment.poisoned:
+    if (4 * inside <= capacity) | segment.poisoned:
         if PASS == 0:  # otherwise they are there; all programs write the same
             tl.store(here + LO, lo.to(tl.int64))
             tl.store(here + HI, hi.to(tl.int64))
@@ -156,7 +159,7 @@ def narrow_bracket(share, segment, capacity, flag, PASS: tl.constexpr, WAIT: tl.
             if WAIT:
                 tl.debug_barrier()  # one thread stores them, and all load them in the next phase
     else:
-        low = bits_float(lo)
+        low = bits_float(tl.maximum(lo, 1))
         shift = fine_shift(lo, hi)
         below = tl.zeros([BLOCK], tl.int64)
         above = tl.zeros([BLOCK], tl.int32)
@@ -165,8 +168,8 @@ def narrow_bracket(share, segment, capacity, flag, PASS: tl.constexpr, WAIT: tl.
             index = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
             x = tl.load(share.losses + index, mask=index < share.length, other=-1.0)
             bits = float_bits(x)
-            is_below = (bits > 0) & (bits <= lo)
-            below += tl.where(is_below, to_fixed(power(tl.minimum(x, low), low, q32), segment.fraction_bits), 0)
+            x = tl.where((bits > 0) & (bits <= lo), x, 0.0)
+            below += to_fixed(power(x, low, segment.q32, POWER), segment.fraction_bits)
             above += (bits > hi).to(tl.int32)
             in_bracket = (bits > lo) & (bits <= hi)
             histogram += tl.histogram(tl.where(in_bracket, (bits - lo - 1) >> shift, 0), FINE_BINS, mask=in_bracket)
@@ -179,7 +182,7 @@ def narrow_bracket(share, segment, capacity, flag, PASS: tl.constexpr, WAIT: tl.
             base = from_fixed(tl.load(here + BELOW_POWERS, cache_modifier=".cg"), segment.fraction_bits)
             outside = tl.load(here + ABOVE_COUNT, cache_modifier=".cg")
             counts = tl.load(here + FINE + bins, cache_modifier=".cg")
-            lo, hi, inside = finer_bracket(counts, base.to(tl.float32), outside, lo, hi, segment.m, q32)
+            lo, hi, inside = finer_bracket(counts, base.to(tl.float32), outside, lo, hi, segment.m, segment.q32, POWER)
             tl.store(here + LO, lo.to(tl.int64))
             tl.store(here + HI, hi.to(tl.int64))
             tl.store(here + INSIDE, inside)
@@ -203,36 +206,40 @@ def collect_and_solve(share, segment, task, C: tl.constexpr):
     capacity = task.capacity
     fraction_bits = segment.fraction_bits
     short_list = task.short_list + segment.index * capacity
-    q32 = segment.q.to(tl.float32)
+    POWER: tl.constexpr = C.power
     norm = normaliser(bits_float(segment.max_bits))
     if C.passes > 0:
         bracket_lo = tl.load(here + LO, cache_modifier=".cg").to(tl.int32)
         bracket_hi = tl.load(here + HI, cache_modifier=".cg").to(tl.int32)
     else:
-        bracket_lo, bracket_hi, _listed = first_bracket(segment)
-    low = bits_float(bracket_lo)
+        bracket_lo, bracket_hi, _listed = first_bracket(segment, POWER)
+    low = bits_float(tl.maximum(bracket_lo, 1))
+    quarter = 0.25 * norm  # heavy losses are below 2 where they are normalised
 
-    below = tl.zeros([BLOCK], tl.int64)
+    total = tl.zeros([BLOCK], tl.int64)
     above = tl.zeros([BLOCK], tl.int32)
     above_sum = tl.zeros([BLOCK], tl.int64)
     for tile in range(share.program, tl.cdiv(share.length, BLOCK), share.programs):
         index = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(share.losses + index, mask=index < share.length, other=-1.0)
         bits = float_bits(x)
-        is_below = (bits > 0) & (bits <= bracket_lo)
         is_above = bits > bracket_hi
         is_listed = (bits > bracket_lo) & (bits <= bracket_hi)
-        below += tl.where(is_below, to_fixed(power(tl.minimum(x, low), low, q32), fraction_bits), 0)
+        part = power(tl.where((bits > 0) & (bits <= bracket_lo), x, 0.0), low, segment.q32, POWER)
+        # A loss is below or above: one conversion to fixed point does for both sums. min: no integer is infinite.
+        part = to_fixed(tl.where(is_above, tl.minimum(x * quarter, 1.0), part), fraction_bits)
+        total += part
+        above_sum += tl.where(is_above, part, 0)
         above += is_above.to(tl.int32)
-        above_sum += tl.where(is_above & (bits < INF_BITS), to_fixed(x * norm, fraction_bits - 2), 0)
-        rank = tl.cumsum(is_listed.to(tl.int32), 0)
-        found = tl.max(rank, 0)
+        found = tl.sum(is_listed.to(tl.int32), 0)
         if found > 0:
+            rank = tl.cumsum(is_listed.to(tl.int32), 0)
             slot = tl.atomic_add(here + LISTED, found.to(tl.int64), sem="relaxed") + rank - 1
             tl.store(short_list + slot, x, mask=is_listed & (slot < capacity))
-    tl.atomic_add(here + BELOW_POWERS, tl.sum(below, 0), sem="relaxed")
+    above_sum = tl.sum(above_sum, 0)
+    tl.atomic_add(here + BELOW_POWERS, tl.sum(total, 0) - above_sum, sem="relaxed")
     tl.atomic_add(here + ABOVE_COUNT, tl.sum(above, 0).to(tl.int64), sem="relaxed")
-    tl.atomic_add(here + ABOVE_SUM, tl.sum(above_sum, 0), sem="relaxed")
+    tl.atomic_add(here + ABOVE_SUM, above_sum, sem="relaxed")
 
     if take_ticket(here + FINISHED) == share.programs - 1:
         listed = tl.atomic_add(here + LISTED, 0, sem="relaxed")
@@ -248,10 +255,10 @@ def collect_and_solve(share, segment, task, C: tl.constexpr):
         hi = End(bracket_hi, outside, base * 0.0)  # powers are not known before hi was a threshold, and never 0 then
         rounds = 0
         while (hi.bits - lo.bits > 1) & (lo.above > hi.above) & (segment.poisoned == 0):
-            t = propose(lo, hi, segment.m, segment.q)
-            t_above, powers = evaluate(candidates, t, q32, fraction_bits, SOLVE_BLOCK)
+            t = propose(lo, hi, segment.m, segment.q32)
+            t_above, powers = evaluate(candidates, t, segment.q32, fraction_bits, POWER, SOLVE_BLOCK)
             at = bits_float(t)
-            carried = tl.where(bracket_lo > 0, power(tl.minimum(low, at), at, q32), 0.0)
+            carried = tl.where(bracket_lo > 0, power(tl.minimum(low, at), at, segment.q32, POWER), 0.0)
             t_powers = base * carried.to(tl.float64) + from_fixed(powers, fraction_bits)
             lo, hi = narrow(lo, hi, t, t_above + outside, t_powers, segment.m)
             rounds += 1
@@ -273,7 +280,7 @@ def solve_segment(task, index, program, PASSED_BEFORE: tl.constexpr, C: tl.const
     segment = load_segment(task.workspace, index, task.parameters, task.fraction_bits)
     for phase in tl.static_range(FIRST, END):
         if phase < PASSES:
-            narrow_bracket(share, segment, task.capacity, PASSED_BEFORE + phase + 1, phase, C.wait, C.block)
+            narrow_bracket(share, segment, task.capacity, PASSED_BEFORE + phase + 1, phase, C)
         else:
             collect_and_solve(share, segment, task, C)
 
@@ -326,8 +333,9 @@ def solve_by_selection(
     segments, length = losses.shape
     passes = passes_for(length, config)
     phases = [(0, passes + 1)] if cooperative else [(phase, phase + 1) for phase in range(passes + 1)]
+    power = power_for(parameters, config.approximation)
     constants = [
-        Constants(unit_of(length), passes, *phase, cooperative, reduction, config.block, config.solve_block)
+        Constants(unit_of(length), passes, *phase, cooperative, reduction, power, config.block, config.solve_block)
         for phase in phases
     ]
     programs = programs_a_row(length, segments, config, losses.device)

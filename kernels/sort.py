@@ -104,7 +104,7 @@ def evaluate_runs(runs, thresholds, q, fraction_bits, C: tl.constexpr):
         some = there & (position > 0)
         last = bits_float(tl.load(runs.losses + first + position - 1, mask=some, other=0, cache_modifier=".cg"))
         share = tl.load(runs.powers + first + position - 1, mask=some, other=0.0, cache_modifier=".cg")
-        share = tl.where(share > 0, share * power(tl.minimum(tl.maximum(last, 0.0), t), t, q), 0.0)
+        share = tl.where(share > 0, share * power(tl.minimum(tl.maximum(last, 0.0), t), t, q, "exact"), 0.0)
         totals += to_fixed(share, fraction_bits)
     return tl.sum(above, 1), tl.sum(totals, 1)
 
@@ -132,7 +132,7 @@ def heaviest_of_runs(runs, pivot_bits, fraction_bits, C: tl.constexpr):
 @triton.jit
 def search_runs(runs, segment, C: tl.constexpr):
     """The pivot (an `End`), and how many rounds it took."""
-    bracket_lo, bracket_hi, _listed = first_bracket(segment)
+    bracket_lo, bracket_hi, _listed = first_bracket(segment, "exact")
     max_bits, m = segment.max_bits, segment.m
     k = tl.arange(0, THRESHOLDS)
     # The first thresholds find out what holds at the ends of the bracket, and at 0.
@@ -144,8 +144,8 @@ def search_runs(runs, segment, C: tl.constexpr):
     rounds = 0
     while (hi.bits - lo.bits > 1) & (lo.above > hi.above) & (segment.poisoned == 0):
         if rounds > 0:
-            t = propose(lo, hi, m, segment.q)
-        above, powers = evaluate_runs(runs, t, segment.q.to(tl.float32), segment.fraction_bits, C)
+            t = propose(lo, hi, m, segment.q32)
+        above, powers = evaluate_runs(runs, t, segment.q32, segment.fraction_bits, C)
         lo, hi = narrow(lo, hi, t, above, from_fixed(powers, segment.fraction_bits), m)
         rounds += 1
     return End(tl.maximum(lo.bits, 0), lo.above, lo.powers), rounds
@@ -181,7 +181,7 @@ def sort_kernel(task: Task, C: tl.constexpr):
     tl.debug_barrier()  # the neighbour's loss may be in another thread
     before = bits_float(tl.maximum(tl.load(task.sorted_runs + ours - 1, mask=place > 0, other=0), 0))
     ell = bits_float(tl.maximum(bits, 0))
-    loss_decay = decay(tl.minimum(before, ell), ell, segment.q.to(tl.float32))
+    loss_decay = decay(tl.minimum(before, ell), ell, segment.q32, "exact")
     _decay, powers = tl.associative_scan((loss_decay, (bits > 0).to(tl.float32)), 0, add_powers)
 
     if C.one_run:

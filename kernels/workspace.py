@@ -24,16 +24,16 @@ INSIDE = tl.constexpr(9)  # how many losses it holds at most
 ROUNDS = tl.constexpr(10)  # rounds of thresholds the solver took, for perf/solvers.py
 PASSED = tl.constexpr(11)  # in a cooperative launch: phases that all programs of the segment are through with
 HISTOGRAM = tl.constexpr(16)  # counts of the coarse bins, by stage one
-BINS = tl.constexpr(64)
-FINE = tl.constexpr(80)  # counts of the fine bins of the bracket, zero again after each pass
+BINS = tl.constexpr(256)
+FINE = tl.constexpr(272)  # counts of the fine bins of the bracket, zero again after each pass
 FINE_BITS = tl.constexpr(8)
 FINE_BINS = tl.constexpr(1 << 8)
-WORDS = tl.constexpr(336)
+WORDS = tl.constexpr(528)
 
-# A bin is a quarter of an octave: bits >> 21 counts quarters of octaves, from 2^-11 here; 64 bins reach to 2^5.
-# Bin 0 takes all smaller losses, bin 63 all larger ones.
-BIN_SHIFT = tl.constexpr(21)
-FIRST_BIN = tl.constexpr((127 - 11) * 4)
+# A bin is 1/16 of an octave: bits >> 19 counts them, from 2^-11 here; 256 bins reach to 2^5. Bin 0 takes all smaller
+# losses, the last one all larger.
+BIN_SHIFT = tl.constexpr(19)
+FIRST_BIN = tl.constexpr((127 - 11) * 16)
 
 
 class Statistics(NamedTuple):
@@ -66,12 +66,13 @@ def tally(statistics, loss, valid):
 
 @triton.jit
 def publish(here, statistics):
-    """Add a program's statistics to those of its segment, whose words begin here: BINS + 2 atomics."""
+    """Add a program's statistics to those of its segment, whose words begin here: two atomics and one a filled bin."""
     tl.atomic_max(here + MAXIMUM, tl.max(statistics.maximum, 0).to(tl.int64), sem="relaxed")
     tl.atomic_add(here + VALID, tl.sum(statistics.count, 0).to(tl.int64), sem="relaxed")
     bins = tl.arange(0, BINS)
     # Bin 0 also holds ignored pixels; nobody reads it, n − Σ of the others is the true count.
-    tl.atomic_add(here + HISTOGRAM + bins, statistics.histogram.to(tl.int64), mask=bins > 0, sem="relaxed")
+    some = (bins > 0) & (statistics.histogram > 0)
+    tl.atomic_add(here + HISTOGRAM + bins, statistics.histogram.to(tl.int64), mask=some, sem="relaxed")
 
 
 @triton.jit

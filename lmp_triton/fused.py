@@ -2,7 +2,7 @@
 
 Launches of one call, the zeroing of the workspace included:
 
-    forward     3: zero, losses, solve; one or two more for segments above 2^13 or 2^19 pixels (`kernels.select`)
+    forward     3: zero, losses, solve; one or two more for segments above 2^13 or 2^21 pixels (`kernels.select`)
                 3 always with LMP_TRITON_COOPERATIVE=solve: all phases of the solve in one cooperative launch
                 2 with LMP_TRITON_COOPERATIVE=forward: losses and solve in one cooperative launch
     backward    1

@@ -89,7 +89,7 @@ def cases() -> list[Case]:
     def search(*names: str | None, shape: tuple[int, ...], **options: object) -> None:
         add(forward_and_backward, None, *names, None, shape=shape, solver="select", **options)
 
-    short, longer, longest = (2, 2, 1, 2**12 + 4), (2, 2, 1, 2**13 + 4), (2, 2, 1, 2**19 + 4)
+    short, longer, longest = (2, 2, 1, 2**12 + 4), (2, 2, 1, 2**13 + 4), (2, 2, 1, 2**21 + 4)
     phases = ("first pass", "second pass", "after passes")
     search("select", shape=short)
     search("select, p and ratio tensors", shape=short, reduction="none", **_tensors())
@@ -124,7 +124,9 @@ class Cost(NamedTuple):
     """Bytes."""
     written: float = 0
     again: tuple[int, int] | None = None
-    """A loop over the classes, by its number in `Compiled.loops`, and how often it runs."""
+    """A loop over the classes, by its number in `paths.Code.loops`, and how often it runs."""
+    walk: str = ""
+    """The loop over the tiles: the "first" or the "longest"; none where a program has one tile."""
 
 
 def cost(launch: Launch) -> Cost:
@@ -141,7 +143,8 @@ def cost(launch: Launch) -> Cost:
     if launch.name == "softmax_losses_kernel":
         given, made = task.inputs, task.buffers
         read = constants.classes * size(given.logits) + size(given.target)
-        return Cost(constants.block, read, size(made.losses) + size(made.labels) + size(made.nll), chunks(1))
+        written = size(made.losses) + size(made.labels) + size(made.nll)
+        return Cost(constants.block, read, written, chunks(1), "longest")
     if launch.name == "logits_gradient_kernel":
         logits = constants.classes * size(task.logits)
         (form,) = rest
@@ -152,12 +155,12 @@ def cost(launch: Launch) -> Cost:
         given, made = task.inputs, task.buffers
         losses, solution = rest
         read = losses.classes * size(given.logits) + size(given.target) + 4 * (solution.passes + 1)
-        return Cost(losses.block, read, size(made.losses) + size(made.labels) + size(made.nll))
+        return Cost(losses.block, read, size(made.losses) + size(made.labels) + size(made.nll), walk="first")
     if launch.name == "select_kernel":
-        return Cost(constants.block, 4 * (constants.end - constants.first))
+        return Cost(constants.block, 4 * (constants.end - constants.first), walk="first")
     if launch.name == "sort_kernel":
         return Cost(constants.run, 4, 4 if constants.one_run else 12)
     if launch.name == "mark_losses_kernel":
-        return Cost(constants.block, size(task.given) + size(task.mask), size(task.losses))
+        return Cost(constants.block, size(task.given) + size(task.mask), size(task.losses), walk="longest")
     assert launch.name == "pixel_weights_kernel"
-    return Cost(constants.block, size(task.losses), size(task.weights))
+    return Cost(constants.block, size(task.losses), size(task.weights), walk="longest")

@@ -12,10 +12,9 @@ from typing import Any
 
 import triton
 
+from . import paths
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)", re.MULTILINE)
-LABEL = re.compile(r"^(\.L_x_\d+):")
-BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
 NVIDIA_WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "E": 32, "64": 64, "128": 128}
 AMD_OPCODE = re.compile(r"^\t((?:s|v|ds|global|buffer|flat|scratch)_\w+)", re.MULTILINE)
 AMD_WIDTHS = {
@@ -56,8 +55,8 @@ class Compiled:
     loads: Counter[int] = field(default_factory=Counter)
     """Loads from global memory by their width in bits."""
     stores: Counter[int] = field(default_factory=Counter)
-    loops: tuple[int, ...] = ()
-    """Instructions from the head of each loop to its backward branch (loops inside it included), by their heads."""
+    flow: paths.Code | None = None
+    """Its branches and loops; not read from AMD's assembly."""
     releases: int = 0
     """Atomics that publish what other threads of the program wrote."""
     unguarded: int = 0
@@ -78,8 +77,8 @@ def read(built: Any) -> Compiled:
         return _amd(built.asm["amdgcn"], built.metadata)
     numbers = resources(built.asm["cubin"])
     sass = _run("nvdisasm", built.asm["cubin"], "-c")
-    opcodes = tuple(name + modifiers for name, modifiers in OPCODE.findall(sass))
-    opcodes = opcodes[: len(opcodes) - next((i for i, o in enumerate(reversed(opcodes)) if o != "NOP"), 0)]
+    flow = paths.parse(sass)
+    opcodes = flow.opcodes
     releases, unguarded = _releases(built.asm["ptx"])
     return Compiled(
         numbers["REG"],
@@ -91,7 +90,7 @@ def read(built: Any) -> Compiled:
         opcodes,
         _widths(opcodes, "LDG"),
         _widths(opcodes, "STG"),
-        _loops(sass),
+        flow,
         releases,
         unguarded,
         _lopsided(built.asm["ptx"]),
@@ -155,22 +154,6 @@ def _lopsided(ptx: str) -> int:
 def _dependent(ptx: str) -> bool:
     touched = GLOBAL.search(ptx)
     return "griddepcontrol.wait" in ptx[: touched.start() if touched else None]
-
-
-def _loops(sass: str) -> tuple[int, ...]:
-    """The sizes of the loops: from a label to the last branch back to it."""
-    labels: dict[str, int] = {}
-    ends: dict[str, int] = {}
-    place = 0
-    for line in sass.splitlines():
-        if label := LABEL.match(line):
-            labels[label[1]] = place
-        elif OPCODE.match(line):
-            place += 1
-            target = BRANCH.search(line)
-            if target and target[1] in labels and labels[target[1]] < place - 1:  # not the halt at the end
-                ends[target[1]] = place
-    return tuple(ends[label] - labels[label] for label in labels if label in ends)
 
 
 def resources(cubin: bytes) -> dict[str, int]:

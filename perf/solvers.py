@@ -109,18 +109,22 @@ def report_code(arguments: argparse.Namespace) -> None:
     launches = dict(static.launches(arguments.capability, {kernel for kernel, _loop in loops.values()}))
     rows = []
     for name, (kernel, loop) in loops.items():
-        code, pixels = read(launches[kernel].compiled), catalogue.cost(launches[kernel]).pixels
-        counted = len(code.opcodes) if loop == 0 else code.loops[loop - 1]
+        code, launch = read(launches[kernel].compiled), launches[kernel]
+        pixels = launch.arguments[1].solve_block if "round" in name else catalogue.cost(launch).pixels
+        assert code.flow is not None
+        counted = len(code.opcodes) if loop == 0 else code.flow.loop(lambda _opcode: 1.0, loop - 1)
         rows.append(
             {
                 "": name,
                 "instructions an element": counted * 32 * code.warps / pixels,
                 "registers": code.registers,
                 "in the whole kernel": len(code.opcodes),
-                "loops": " ".join(map(str, code.loops)),
+                "loops": " ".join(str(end - head + 1) for head, end in code.flow.loops),
             }
         )
-    print(f"sm_{arguments.capability}; a loop is counted between its head and its backward branch, in program order")
+    print(
+        f"sm_{arguments.capability}; of a loop the cheapest path; loops: from head to backward branch, in program order"
+    )
     print(pd.DataFrame(rows).to_string(index=False, float_format=lambda x: f"{x:.1f}"))
 
 

@@ -4,11 +4,13 @@
     python perf/static.py --pipelines                                                     predicted times of whole calls
 
 Columns: registers a thread; spills; shared bytes a program; programs a multiprocessor (occupancy); loads and stores by
-width in bits; instructions of threads a pixel; bytes read and written a pixel; nanoseconds a pixel by issue and by
-bandwidth (`roofline`): the larger is the prediction, the latter the floor of the kernel.
+width in bits; of the loop over the tiles, on the path that is taken, instructions of threads a pixel and the issue
+slots they come to, and the slots on the dearest path; slots of a warp for what a program does once; bytes read and
+written a pixel; nanoseconds a pixel by issue and by bandwidth (`roofline`, which says what is assumed): the larger is
+the prediction, the latter the floor of the kernel.
 
-A loop over the classes counts as often as it runs. What runs once a program, as the rounds over the short list, counts
-as if it ran for every tile: of `select` and `forward`, --pipelines compares the loop over the losses with the roof.
+A loop over the classes counts as often as it runs. Where several walks share a launch, the first counts. The sorts have
+no loop over tiles: everything counts.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Set
+from typing import NamedTuple
 
 import pandas as pd
 import triton
@@ -24,6 +27,7 @@ from lmp_triton.kernels import launch as kernel_launch
 from lmp_triton.kernels.occupancy import LIMITS, programs_a_multiprocessor
 from lmp_triton.perf import catalogue, roofline
 from lmp_triton.perf.compiled import Compiled, read
+from lmp_triton.perf.paths import END
 from lmp_triton.perf.standin import Launch, StandIn
 
 ARCHITECTURES: tuple[int | str, ...] = (80, 86, 89, 90, 100, 120, "gfx942")
@@ -49,13 +53,51 @@ def launches(architecture: int | str, only: str | Set[str] = "") -> Iterator[tup
                     yield str(name), launch
 
 
-def instructions_a_pixel(cost: catalogue.Cost, code: Compiled, loop: int | None = None) -> float:
-    """Of threads; loop: only those of one loop, which runs once a tile."""
-    count = len(code.opcodes) if loop is None else code.loops[loop]
-    if cost.again and code.loops:
-        number, times = cost.again
-        count += (times - 1) * code.loops[number]
-    return code.warp * code.warps * count / cost.pixels
+class Slots(NamedTuple):
+    """Issue slots (`roofline.slots`) of one launch."""
+
+    least: float
+    """A pixel, of threads, on the cheapest path of a tile."""
+    most: float
+    """On the dearest."""
+    instructions: float
+    """As least, each instruction counted as one."""
+    once: float
+    """Of a warp, what a program does once."""
+    last: float
+    """Of a warp, what the last program does after its walk."""
+
+
+def issue(cost: catalogue.Cost, code: Compiled, device: roofline.Device, losses: str = "untrained") -> Slots:
+    """On the path that is taken; where loops are not read, as in AMD's assembly, of all instructions."""
+    a_pixel = code.warp * code.warps / cost.pixels
+    weight = roofline.slots(device, losses)
+    if code.flow is None:
+        every = len(code.opcodes) * a_pixel
+        return Slots(every, every, every, 0, 0)
+    flow = code.flow
+    times = dict([cost.again]) if cost.again else {}
+    ways = ((weight, False), (weight, True), (_one, False))
+    if not cost.walk:
+        # Through the last power of the kernel: not by a way that returns early.
+        through = max((i for i, x in enumerate(code.opcodes) if x.startswith("MUFU.EX2")), default=0)
+        found = [
+            flow.path(w, 0, through, times, dearest) + flow.path(w, through, END, times, dearest) for w, dearest in ways
+        ]
+        return Slots(*(x * a_pixel for x in found), once=0, last=0)
+    number = 0
+    if cost.walk == "longest":
+        number = max(range(len(flow.loops)), key=lambda i: flow.loops[i][1] - flow.loops[i][0])
+    head, _end = flow.loops[number]
+    found = [flow.loop(w, number, times, dearest) for w, dearest in ways]
+    rest = [x for place, x in enumerate(code.opcodes) if place > head and place not in flow.body(number)]
+    rounds = next((flow.loop(weight, i, dearest=True) for i, (h, _) in enumerate(flow.loops) if h > head), 0)
+    last = sum(map(weight, rest)) + (roofline.ROUNDS - 1) * rounds
+    return Slots(*(x * a_pixel for x in found), once=flow.path(weight, 0, head) + flow.after(weight, number), last=last)
+
+
+def _one(opcode: str) -> float:
+    return 1.0
 
 
 def row(name: str, launch: Launch, architecture: int | str) -> dict[str, object]:
@@ -76,11 +118,15 @@ def row(name: str, launch: Launch, architecture: int | str) -> dict[str, object]
         found["programs a multiprocessor"] = programs_a_multiprocessor(limits, code.registers, code.shared, code.warps)
     found |= {f"load {bits}": code.loads[bits] for bits in WIDTHS}
     found |= {f"store {bits}": code.stores[bits] for bits in WIDTHS}
-    instructions = instructions_a_pixel(cost, code)
-    by_issue, by_bandwidth = roofline.pixel_ns(roofline.DEVICES[architecture], instructions, cost.read, cost.written)
+    device = roofline.DEVICES[architecture]
+    taken = issue(cost, code, device)
+    by_issue, by_bandwidth = roofline.pixel_ns(device, taken.least, cost.read, cost.written)
     return found | {
         "instructions": len(code.opcodes),
-        "a pixel": round(instructions, 1),
+        "a pixel": round(taken.instructions, 1),
+        "slots": round(taken.least, 1),
+        "slots, most": round(taken.most, 1),
+        "once": round(taken.once),
         "read": cost.read,
         "written": cost.written,
         "ns issue": round(by_issue, 5),
@@ -96,20 +142,20 @@ SHAPES = ((2, 19, 550 * 550), (4, 21, 321 * 321), (8, 19, 1024 * 1024), (16, 150
 
 
 def predict(shape: tuple[int, int, int], architecture: int | str) -> list[dict[str, object]]:
-    """Microseconds of forward and backward in bf16, of each pipeline, by the model."""
+    """Microseconds of forward and backward in bf16, of each pipeline, by the model (`roofline`)."""
     images, classes, pixels = shape
     device = roofline.DEVICES[architecture]
-    floor = 3 * images * pixels * classes * 2 / device.gb_s / 1e3
+    floor, must = roofline.floors(device, images * pixels, classes)
     rows = []
-    with StandIn(architecture) as gpu:
+    with StandIn(architecture, device.multiprocessors) as gpu:
         for name in ("", "solve", "forward"):
             gpu.launches.clear()
             catalogue.forward_and_backward((images, classes, 1, pixels), solver="select", cooperative=name)
             if not name:
-                stages = [(launch.name, _us(launch, device, images * pixels)) for launch in gpu.launches]
-                losses, *walks, gradient = (us for _name, us in stages)
+                losses, *walks, gradient = (_us(launch, device, images * pixels) for launch in gpu.launches)
                 passes = len(walks) - 1
-                work = losses + sum(walks) + roofline.SOLVE_US + gradient
+                last = _last_us(gpu.launches[-2], device)
+                work = losses + sum(walks) + last + gradient
             waits = {"": 0, "solve": passes, "forward": passes + 1}[name]
             total = work + (1 + len(gpu.launches)) * roofline.LAUNCH_US + waits * roofline.WAIT_US
             rows.append(
@@ -121,20 +167,30 @@ def predict(shape: tuple[int, int, int], architecture: int | str) -> list[dict[s
                     "waits": waits,
                     "losses us": losses,
                     "walks us": sum(walks),
+                    "last us": last,
                     "gradient us": gradient,
                     "predicted us": total,
                     "floor us": floor,
                     "ratio": total / floor,
+                    "must us": must,
+                    "ratio to must": total / must,
                 }
             )
     return rows
 
 
 def _us(launch: Launch, device: roofline.Device, pixels: int) -> float:
+    """Of all programs of a launch."""
     code, cost = read(launch.compiled), catalogue.cost(launch)
-    loop = None if launch.name == "logits_gradient_kernel" else 0
-    instructions = instructions_a_pixel(cost, code, loop)
-    return pixels * max(roofline.pixel_ns(device, instructions, cost.read, cost.written)) / 1e3
+    taken = issue(cost, code, device)
+    walk = pixels * max(roofline.pixel_ns(device, taken.least, cost.read, cost.written)) / 1e3
+    return walk + roofline.once_us(device, taken.once, code.warps, launch.programs)
+
+
+def _last_us(launch: Launch, device: roofline.Device) -> float:
+    """Of the last program of a search, once the others are done."""
+    code = read(launch.compiled)
+    return roofline.alone_us(device, issue(catalogue.cost(launch), code, device).last, code.warps)
 
 
 def main() -> None:

@@ -94,11 +94,17 @@ def test_tiling(rng, monkeypatch, device, which):
         (1024, 1, 16, ()),
         (512, 4, 16, (9, 99)),
     ):
-        select = {"block": block, "solve_block": block, "programs": programs, "capacity": capacity, "passes": passes}
+        select = {
+            "block": block,
+            "solve_block": block,
+            "per_multiprocessor": programs,
+            "capacity": capacity,
+            "passes": passes,
+        }
         configure(
             monkeypatch,
             select=select,
-            stream={"block": block, "programs": programs},
+            stream={"block": block, "per_multiprocessor": programs},
             sort={"run": block, "lanes": 8},
         )
         weights, stats = solve(values, backend="triton", solver=which)

@@ -42,7 +42,7 @@ def forward_of(rows, shape, cooperative):
     [
         ("16x19x40x40", "none", ["softmax_losses_kernel", "sort_kernel"], 4),
         ("2x19x550x550", "none", ["softmax_losses_kernel", *["select_kernel"] * 2], 5),
-        ("8x19x1024x1024", "none", ["softmax_losses_kernel", *["select_kernel"] * 3], 6),
+        ("8x19x1024x1024", "none", ["softmax_losses_kernel", *["select_kernel"] * 2], 5),
         ("2x19x550x550", "solve", ["softmax_losses_kernel", "select_kernel"], 4),
         ("8x19x1024x1024", "solve", ["softmax_losses_kernel", "select_kernel"], 4),
         ("2x19x550x550", "forward", ["forward_kernel"], 3),

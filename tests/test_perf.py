@@ -216,3 +216,24 @@ def test_a_stage_that_hangs_is_killed(tmp_path):
 def test_machine_and_commit():
     here = bench.machine(torch.device("cpu"))
     assert set(here) == set(bench.MACHINE) and here["device"] and here["torch"] == torch.__version__
+
+
+def test_simulation_of_the_search():
+    """perf/search.py finds as many losses in the bracket as the kernels do, and takes about as many rounds."""
+    workspace = pytest.importorskip("lmp_triton.kernels.workspace")
+    from lmp_triton.perf import search
+
+    from lmp_triton import fused
+    from lmp_triton.types import Pool
+
+    n = 3000
+    for name, losses in search.distributions(n):
+        for p in (1.0, 1.3):
+            (row,) = search.simulate(name, losses, p, (workspace.BINS.value,))
+            device = torch.device("cuda" if CUDA else "cpu")
+            ell = torch.as_tensor(losses, dtype=torch.float32, device=device)
+            pool = Pool(p, search.RATIO, reduction="none", solver="select")
+            pixels, _pooling = fused.pool_losses(ell.unsqueeze(0), None, pool)
+            words = pixels.statistics.tolist()
+            assert words[workspace.LISTED.value] == row["first"], (name, p)
+            assert abs(words[workspace.ROUNDS.value] - row["rounds, 8192"]) <= 2, (name, p)

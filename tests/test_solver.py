@@ -34,21 +34,24 @@ def distributions(rng):
     yield "a maximum far off", np.append(3e-12 * np.arange(1, 30), 1e38)
 
 
-def check(losses, p, ratio, device, tolerance=1e-6, **solver):
+def check(losses, p, ratio, device, **solver):
     """Compare loss, statistics and gradient of `pool_losses` with the oracle, tighter than the contract.
 
     (The goal is 2e-6·L_ref for the loss, 1e-5·τ for weights at p ≥ 1.05 and q·2^-22·τ below.)
+    On a GPU powers are approximations of about half of that, in the range of `solution.power_for`.
     """
+    tolerance = 1e-6
+    of_weights = 5e-6 if CUDA and 1.05 <= p <= 11 else tolerance
     ell = torch.as_tensor(losses, dtype=torch.float32, device=device).requires_grad_()
     expected = oracle(ell, p, ratio)
     loss, stats = lmp_triton.pool_losses(ell, p=p, ratio=ratio, scope="batch", return_stats=True, **solver)
     loss.backward()
     # A result below 2^-126 has fewer bits: one step of 2^-149 then.
     assert abs(loss.item() - expected.loss) <= tolerance * expected.loss + 2.0**-149
-    assert np.abs(ell.grad.cpu().double().numpy() - expected.weights).max() <= tolerance * expected.tau
+    assert np.abs(ell.grad.cpu().double().numpy() - expected.weights).max() <= of_weights * expected.tau
     assert stats.tau.item() == pytest.approx(expected.tau, rel=1e-6)
     assert stats.valid.item() == ell.numel()
-    assert stats.total_weight.item() == pytest.approx(expected.weights.sum(), rel=1e-6)
+    assert stats.total_weight.item() == pytest.approx(expected.weights.sum(), rel=of_weights)
     near = np.isclose(ell.detach().double().cpu().numpy(), expected.alpha, rtol=1e-6, atol=2.0**-149).sum()
     assert abs(stats.saturated.item() - expected.saturated) <= near
     return stats, expected
@@ -63,6 +66,28 @@ def test_against_the_oracle(rng, solver, device, p):
             if p >= 1.05:  # below, α* may jump on a change of m in the last bit, the weights may not
                 ulp = np.spacing(np.float32(min(expected.alpha, 3e38)))
                 assert abs(stats.alpha.item() - expected.alpha) <= 6 * ulp
+
+
+@pytest.mark.parametrize("p", [1.0499, 1.05, 10.99, 11.01])
+def test_at_the_border_of_the_approximation(rng, monkeypatch, device, p):
+    """Powers for any p on one side, approximate ones on the other, and for a p from a tensor: all to the contract."""
+    pytest.importorskip("triton")
+    from lmp_triton.kernels import solution
+
+    assert (solution.power_for(solution.parameters(p, 0.5), "approx") == "approx") == (1.05 <= p <= 11)
+    assert solution.power_for(solution.parameters(torch.tensor(1.3), 0.5), "approx") == "exact"
+    if not CUDA:
+        configure(monkeypatch, select={"block": 256, "capacity": 64, "passes": (50,)})
+    for name, losses in distributions(rng):
+        ratio = float(rng.uniform(0.01, 1))
+        print(name, ratio)
+        stats, _ = check(losses, p, ratio, device, backend="triton", solver="select")
+        losses = torch.as_tensor(losses, dtype=torch.float32, device=device)
+        on_device = torch.tensor(p, dtype=torch.float64, device=device)
+        _, exact = lmp_triton.optimal_weights(
+            losses, p=on_device, ratio=ratio, scope="batch", backend="triton", solver="select"
+        )
+        torch.testing.assert_close(stats.alpha, exact.alpha, rtol=1e-6, atol=2.0**-149)
 
 
 @pytest.mark.parametrize("p", [1.0, 1.3])
@@ -190,7 +215,8 @@ def test_p_and_ratio_as_tensors(rng, solver, device):
         p, ratio = torch.tensor(1.7, dtype=dtype, device=device), torch.tensor(0.3, dtype=dtype, device=device)
         got = lmp_triton.pool_losses(losses, p=p, ratio=ratio, **solver)
         want = lmp_triton.pool_losses(losses, p=p.item(), ratio=ratio.item(), **solver)
-        assert got.item() == want.item()
+        # A float may take the approximate powers of `solution.power_for`, a tensor never does.
+        assert got.item() == pytest.approx(want.item(), rel=2e-6 if solver.get("solver") == "select" else 0)
 
 
 def test_strided_losses_and_masks(rng, solver, device):

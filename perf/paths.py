@@ -1,0 +1,139 @@
+"""The instructions on one path through a compiled kernel, and what they cost to issue.
+
+A branch skips what a tile does not need, so the instructions between a loop's head and its end are no measure of it.
+Here the cheapest and the dearest path from one instruction to another are found, each instruction weighted by the
+issue slots it takes (`roofline.SLOTS`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)", re.MULTILINE)
+LABEL = re.compile(r"^(\.L_x_\d+):")
+BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
+PREDICATE = re.compile(r"!?\bU?P\d")
+LEAVES = ("EXIT", "RET", "BRX")
+END = -1
+
+
+@dataclass(frozen=True)
+class Code:
+    """Instructions in program order."""
+
+    opcodes: tuple[str, ...]
+    """With their modifiers."""
+    branches: Mapping[int, tuple[int, bool]]
+    """By the place of the branch: where it leads, and whether it may fall through."""
+    conditional: frozenset[int]
+    """Places of instructions that run under a predicate."""
+    loops: tuple[tuple[int, int], ...]
+    """First instruction and last branch back to it, by their heads; inner ones included."""
+
+    def onward(self, place: int) -> list[int]:
+        """Where it may go on from an instruction; END: nowhere."""
+        target, falls = self.branches.get(place, (END, True))
+        found = [] if target == END else [target]
+        if self.opcodes[place].startswith(LEAVES):
+            found.append(END)
+            falls = place in self.conditional
+        if falls and place + 1 < len(self.opcodes):
+            found.append(place + 1)
+        return found
+
+    def body(self, number: int) -> frozenset[int]:
+        """The instructions of a loop, wherever they lie."""
+        head, _end = self.loops[number]
+        before: dict[int, list[int]] = defaultdict(list)
+        for place in range(len(self.opcodes)):
+            for target in self.onward(place):
+                before[target].append(place)
+        found = {head}
+        left = [place for place, (target, _falls) in self.branches.items() if target == head and place > head]
+        while left:
+            place = left.pop()
+            if place not in found:
+                found.add(place)
+                left += before[place]
+        return frozenset(found)
+
+    def path(
+        self,
+        cost: Callable[[str], float],
+        start: int = 0,
+        goal: int = END,
+        times: Mapping[int, int] | None = None,
+        dearest: bool = False,
+        within: frozenset[int] | None = None,
+    ) -> float:
+        """The cost of the cheapest path from `start` until `goal`, which is not counted, or of the dearest.
+
+        times: how often a loop on the way runs, by its number; otherwise once. within: where the path must stay.
+        """
+        weights = [cost(opcode) for opcode in self.opcodes]
+        for number, count in (times or {}).items():
+            for place in self.body(number):
+                weights[place] *= count
+        none, better = (-math.inf, max) if dearest else (math.inf, min)
+        rest: dict[int, float] = {}
+
+        def edges(place: int) -> list[int]:
+            return [x for x in self.onward(place) if x == goal or (x != END and (within is None or x in within))]
+
+        way = {start: iter(edges(start))}  # from start to here: an edge back to it closes a loop
+        while way:
+            place = next(reversed(way))
+            ahead = next((x for x in way[place] if x != goal and x not in way and x not in rest), None)
+            if ahead is not None:
+                way[ahead] = iter(edges(ahead))
+                continue
+            known = (0.0 if x == goal else rest.get(x, none) for x in edges(place))
+            rest[place] = weights[place] + better(known, default=none)
+            del way[place]
+        return rest[start]
+
+    def loop(
+        self,
+        cost: Callable[[str], float],
+        number: int,
+        times: Mapping[int, int] | None = None,
+        dearest: bool = False,
+    ) -> float:
+        """The cost of one run of a loop."""
+        head, _end = self.loops[number]
+        return self.path(cost, head, head, times, dearest, self.body(number))
+
+    def after(self, cost: Callable[[str], float], number: int) -> float:
+        """The cost of the cheapest path from a loop to the end."""
+        body = self.body(number)
+        exits = {x for place in body for x in self.onward(place)} - body - {END}
+        return min((self.path(cost, x) for x in exits), default=0.0)
+
+
+def parse(sass: str) -> Code:
+    """What nvdisasm printed."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    branches: dict[int, tuple[str, bool]] = {}
+    conditional = set()
+    for line in sass.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(opcodes)
+        elif found := OPCODE.match(line):
+            if PREDICATE.search(line.split(";")[0][: found.start(1)]):
+                conditional.add(len(opcodes))
+            if branch := BRANCH.search(line):
+                branches[len(opcodes)] = branch[1], bool(PREDICATE.search(line.split("`")[0]))
+            opcodes.append(found[1] + found[2])
+    while opcodes and opcodes[-1] == "NOP":
+        opcodes.pop()
+    leads = {place: (labels[label], falls) for place, (label, falls) in branches.items() if place < len(opcodes)}
+    ends: dict[int, int] = {}
+    for place, (target, _falls) in leads.items():
+        if target < place:  # not the halt at the end
+            ends[target] = max(place, ends.get(target, 0))
+    return Code(tuple(opcodes), leads, frozenset(conditional), tuple(sorted(ends.items())))
