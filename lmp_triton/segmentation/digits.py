@@ -1,7 +1,7 @@
 """Composed digits: real handwritten digits pasted on noisy canvases, with an imbalance that is planted.
 
 What a loss makes of rare classes shows within minutes on a CPU, on data that pip installs: the 1797 scans of
-scikit-learn's `load_digits` (8 by 8 pixels). The background is class 0 and covers about 89 % of the pixels, digit k is
+scikit-learn's `load_digits` (8 by 8 pixels). The background is class 0 and covers about 90 % of the pixels, digit k is
 class k + 1. In training digit k is drawn with a frequency ∝ (k + 1)^-1.5, a nine 32 times as rarely as a nought; in the
 test set all digits are equally frequent, so that each class is measured equally well. No scan is in both.
 """
