@@ -23,7 +23,8 @@ from lmp_triton import distributed
 
 rank, store, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=8))
+limit = datetime.timedelta(seconds=8)
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2, timeout=limit)
 add, calls = distributed.sum_of_integers, []
 
 def dies(*arguments):
@@ -168,7 +169,8 @@ IN_A_PROCESS_WITHOUT_THE_INTERPRETER = {
         def no_compiler(self, source, metadata):
             import inspect, shutil, triton.runtime.build as build
             shutil.which = lambda name: None
-            build._build(*(["launcher", "x.c", "/tmp"] + [[]] * (len(inspect.signature(build._build).parameters) - 3)))
+            needed = [x for x in inspect.signature(build._build).parameters.values() if x.default is x.empty]
+            build._build("launcher", "x.c", "/tmp", *[[]] * (len(needed) - 3))
         x, y = torch.empty(1, 3, 64, 64), torch.empty(1, 64, 64, dtype=torch.long)
         StandIn.launcher_cls = no_compiler
         with StandIn():
@@ -216,7 +218,8 @@ if {used}:
     data[0]
     x = torch.randn(2, 19, 200, 200, requires_grad=True)  # large enough for all of PyTorch's threads
     lmp_triton.loss_max_pooling(x, torch.randint(19, (2, 200, 200)), backend="eager").backward()
-found = list(torch.utils.data.DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60))
+options = dict(batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+found = list(torch.utils.data.DataLoader(data, **options))
 assert all(torch.equal(a, data[i]) for i, a in enumerate(found)) and len(found) == 4
 print("as it should")
 """
