@@ -9,8 +9,8 @@ slots they come to, and the slots on the dearest path; slots of a warp for what 
 written a pixel; nanoseconds a pixel by issue and by bandwidth (`roofline`, which says what is assumed): the larger is
 the prediction, the latter the floor of the kernel.
 
-A loop over the classes counts as often as it runs. Where several walks share a launch, the first counts. The sorts have
-no loop over tiles: everything counts.
+A loop over the classes counts as often as it runs. Where several walks share a launch, the first counts. Where a
+program has one tile, as in the gradients and the sorts, the cheapest way through its last power counts.
 """
 
 from __future__ import annotations
