@@ -63,7 +63,11 @@ def softmax_losses(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, 
 
 def _labels(target: Tensor, classes: int) -> Tensor:
     """The target (N, L) inside [0, C), in a small type; of a label outside, anything."""
-    labels = torch.empty_like(target, dtype=torch.int16 if classes <= 1 << 15 else torch.int32)
+    narrow = torch.int16 if classes <= 1 << 15 else torch.int32
+    if traced():  # Inductor leaves loops over int16 to scalar code
+        narrow = torch.uint8 if classes <= 1 << 8 else torch.int32
+        return target.long().clamp(0, classes - 1).to(narrow)
+    labels = torch.empty_like(target, dtype=narrow)
     for y, label in cut(target, labels, whole=GRAIN):
         label.copy_(y).clamp_(0, classes - 1)
     return labels
@@ -133,10 +137,7 @@ def solve(pixels: PixelLosses, pool: Pool) -> Pooling:
     )
     q = torch.where(p == torch.inf, 1.0, p / (p - 1)).clamp_max(Q_CAP[dtype])
     exponent = (1 / (p - 1)).clamp_max(Q_CAP[dtype])
-    if on_host(losses) and group is None:
-        found = search.on_the_host(losses, ratio, q)
-    else:
-        found = search.in_rounds(losses, ratio, q, group)
+    found = search.find(losses, ratio, q, group)
     valid, m, pivot, above = found.valid, found.m, found.pivot, found.above
     tau = torch.where(valid > 0, torch.exp2(-(valid.to(wide).log2() / q + m.log2() / p)), 0.0)
     poisoned = found.poisoned | ~((p >= 1) & (ratio > 0) & (ratio <= 1))
@@ -293,10 +294,12 @@ def _gradient(x: Tensor, label: Tensor, a: Tensor, b: Tensor, w: Tensor, share: 
     x = x.to(a.dtype)
     # NaN here comes of a bad logit. Of an ignored pixel it must not get through, but 0·NaN is NaN; of a valid one it
     # will get through, since its segment is poisoned and the factor NaN. Elsewhere the sum is 1 at least.
-    d = (x - x.amax(1, keepdim=True)).exp().nan_to_num()
+    d = (x - x.amax(1, keepdim=True)).exp()
+    d = torch.where(d == d, d, 0.0)  # Inductor has no vector code for nan_to_num
     d = d * (a / d.sum(1, keepdim=True).clamp_min(1.0))
-    if traced():  # a compiler makes one loop of it
-        d = torch.where(torch.arange(x.shape[1], device=x.device)[:, None] == label, d + b, d)
+    if traced():
+        classes = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+        d = torch.where(classes[:, None] == label, d + b, d)  # one loop, to a compiler
     else:
         d.scatter_add_(1, label.long(), b)
     return d if share is None else d - w * share[:, None]

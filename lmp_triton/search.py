@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from . import distributed
 from .settings import on_host
@@ -31,7 +32,7 @@ PATTERNS = {torch.float32: (torch.int32, 31, 0x7F7FFFFF), torch.float64: (torch.
 BUCKETS_LOG2 = 11
 """A round of the search looks at 2^11 thresholds: three rounds pin down all 31 bits of a float32, six a float64."""
 
-SORTED_LENGTH = 1 << 14
+SORTED_LENGTH = 1 << 12
 """Losses of a segment up to which the host sorts them all; of more it counts all and sorts a few."""
 
 
@@ -84,6 +85,34 @@ def on_the_host(losses: Tensor, ratio: Tensor, q: Tensor) -> Crossing:
     if losses.shape[1] <= SORTED_LENGTH:
         return _sorted(losses, ratio, q)
     return Crossing(*map(torch.cat, zip(*(_counted(row, ratio, q) for row in losses.split(1)), strict=True)))
+
+
+@custom_op("lmp_triton::crossing", mutates_args=(), device_types="cpu")
+def _crossing(
+    losses: Tensor, ratio: Tensor, q: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`on_the_host`, where a graph is compiled for the CPU: one opaque node, which may look at values."""
+    valid, poisoned, m, pivot, above, power_sum, tied = on_the_host(losses, ratio, q)
+    assert tied is not None
+    return valid, poisoned, m, pivot, above, power_sum, tied
+
+
+@_crossing.register_fake
+def _(losses: Tensor, ratio: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def each(dtype: torch.dtype) -> Tensor:
+        return losses.new_empty(losses.shape[0], dtype=dtype)
+
+    count, real = torch.int64, torch.float64
+    return each(count), each(torch.bool), each(real), each(losses.dtype), each(count), each(real), each(count)
+
+
+def find(losses: Tensor, ratio: Tensor, q: Tensor, group: Any = None) -> Crossing:
+    """By whichever way fits. What is exported is to run without this package: in rounds. Arguments: `in_rounds`."""
+    if losses.device.type != "cpu" or group is not None or torch.compiler.is_exporting():
+        return in_rounds(losses, ratio, q, group)
+    if on_host(losses):
+        return on_the_host(losses, ratio, q)
+    return Crossing(*torch.ops.lmp_triton.crossing(losses, ratio, q))
 
 
 def _sorted(losses: Tensor, ratio: Tensor, q: Tensor) -> Crossing:
