@@ -6,6 +6,9 @@ A launcher fills the tensors it is given and allocates nothing. The order of the
     select.solve_by_selection     or  sort.solve_by_sorting     α* and what backward needs, one solution a segment
     gradient.logits_gradient      or  weighting.pixel_weights   w*·grad_output, straight into the gradient buffer
 
+For logits that are upsampled on the way, `upsampled_losses` and `upsampled_gradient` take the place of the first and
+the last; what they share, and how pixels lie among logits there, is in upsampling.
+
 `forward.losses_and_solution` does the first two stages in one cooperative launch. Under them: launch (how), configs (in
 what blocks), layout (over what strides), occupancy; device functions they share: logits (how logits are read), softmax,
 workspace, bracket, solution, numerics.

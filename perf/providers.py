@@ -77,6 +77,25 @@ def ours(
     return make
 
 
+def tuned(**changes: object) -> Callable[[Workload | Losses], Loss]:
+    """The kernels by selection with other entries in the table of the search; forward only, which is where they count."""
+
+    def make(workload: Workload | Losses) -> Loss:
+        loss = ours("triton", "select")(workload)
+        from lmp_triton.kernels import configs
+
+        table = configs.table(torch.device("cuda"))
+        table = table._replace(select=table.select._replace(**changes))
+
+        def with_these(*inputs: Tensor) -> Tensor:
+            with configs.using(table):
+                return loss(*inputs)
+
+        return with_these
+
+    return make
+
+
 def compiled(make: Callable[[Any], Loss]) -> Callable[[Any], Loss]:
     """The same under torch.compile."""
     return lambda workload: torch.compile(make(workload), fullgraph=True, dynamic=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from . import host, timing
-from .providers import PROVIDERS, SOLVERS, Provider, cross_entropy, ours
+from .providers import PROVIDERS, SOLVERS, Provider, cross_entropy, ours, tuned
 from .workloads import (
     BUSY,
     BUSY_SEGMENTS,
@@ -48,6 +48,15 @@ HOST = {
     "lmp_triton, cooperative forward": Provider(ours("triton", "select", "forward", standing_in=True), pooled=True),
     "F.cross_entropy": Provider(cross_entropy),
 }
+TUNED = {
+    "as it is": Provider(tuned(), pooled=True),
+    **{
+        f"approximation {name}": Provider(tuned(approximation=name), pooled=True) for name in ("none", "log2", "approx")
+    },
+    **{f"{warps} warps": Provider(tuned(warps=warps), pooled=True) for warps in (4, 8, 16)},
+    **{f"{n} programs": Provider(tuned(per_multiprocessor=n), pooled=True) for n in (1, 2, 4)},
+    **{f"capacity {n}": Provider(tuned(capacity=n), pooled=True) for n in (2048, 8192, 32768)},
+}
 SETS = {
     "core": Set("the paper's crops, a city, many classes: what a GPU does in minutes", ((CORE, PROVIDERS),)),
     "full": Set("every shape, type, layout and kind of losses", ((FULL, PROVIDERS),)),
@@ -61,5 +70,6 @@ SETS = {
     "host": Set(
         "host time up to the driver, on a GPU that is not there", (((Workload(PAPER[0]),), HOST),), host.rows_of
     ),
+    "tune": Set("entries of the table of the search beside each other, on a GPU", ((CORE, TUNED),)),
     "tiny": Set("for the tests", ((TINY, PROVIDERS), (TINY_SEGMENTS, SOLVERS))),
 }

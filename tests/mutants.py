@@ -91,7 +91,7 @@ MUTANTS = (
         "kernels/sort.py",
         'mask=fits, other=0, cache_modifier=".cg")\n        position',
         'mask=candidate <= RUN + 1, other=0, cache_modifier=".cg")\n        position',
-        SORTED,
+        PROPERTIES,
         "the binary search leaves its run",
     ),
     Mutant(

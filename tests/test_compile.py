@@ -194,9 +194,9 @@ def test_kernels_that_cannot_run_say_so(monkeypatch):
     monkeypatch.setattr(settings, "interpreting", lambda: False)
     logits, target = torch.randn(2, 3, 4), torch.zeros(2, 4, dtype=torch.long)
     compiled = torch.compile(lmp_triton.loss_max_pooling, fullgraph=True, backend="aot_eager")
-    with pytest.raises(Exception, match="TRITON_INTERPRET=1 is not set"):
+    with pytest.raises(Exception, match="TRITON_INTERPRET=1 was not set"):
         compiled(logits, target, backend="triton")
-    with pytest.raises(Exception, match="TRITON_INTERPRET=1 is not set"):
+    with pytest.raises(Exception, match="TRITON_INTERPRET=1 was not set"):
         torch.compile(lmp_triton.pool_losses, fullgraph=True, backend="aot_eager")(logits, backend="triton")
 
 

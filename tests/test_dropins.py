@@ -209,7 +209,7 @@ def test_obstacle(monkeypatch):
     with pytest.raises(ValueError, match="losses must have shape"):
         lmp_triton.obstacle(losses=losses[0, 0])
     monkeypatch.setattr(settings, "interpreting", lambda: False)
-    assert "TRITON_INTERPRET=1 is not set" in lmp_triton.obstacle(losses=losses)
+    assert "TRITON_INTERPRET=1 was not set" in lmp_triton.obstacle(losses=losses)
     monkeypatch.setattr(settings, "has_triton", lambda: False)
     assert "Triton is not installed" in lmp_triton.obstacle(losses=losses)
 

@@ -125,7 +125,7 @@ def test_a_named_backend_serves_or_says_why(monkeypatch):
     with pytest.raises(ValueError, match="losses a segment"):
         dispatch.choose(pooled_together, "triton", scope="batch")
     monkeypatch.setattr(settings, "interpreting", lambda: False)
-    with pytest.raises(ValueError, match="TRITON_INTERPRET=1 is not set"):
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1 was not set"):
         dispatch.choose(torch.zeros(2, 3, 5), "triton")
     monkeypatch.setattr(settings, "has_triton", lambda: False)
     with pytest.raises(ValueError, match="Triton is not installed"):

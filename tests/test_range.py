@@ -11,7 +11,7 @@ import torch
 from support import oracle
 
 import lmp_triton
-from lmp_triton import search
+from lmp_triton import reference, search
 
 LARGEST = {torch.float32: torch.finfo(torch.float32).max, torch.float64: torch.finfo(torch.float64).max}
 
@@ -129,3 +129,39 @@ def test_large_logits():
     assert loss.item() == np.float32(1e30) and logits.grad.tolist() == [[[1.0, 0.0], [-1.0, 0.0]]]
     logits = torch.tensor([[[3e38], [-3e38]]])
     assert lmp_triton.loss_max_pooling(logits, torch.tensor([[1]]), backend="eager").isnan()
+
+
+@pytest.mark.parametrize("solver", ["select", "sort"])
+@pytest.mark.parametrize("scale", [3.4e38, 1.6e38, 2e-38, 1e-40], ids=["largest", "half", "smallest", "denormal"])
+def test_kernels(rng, solver, scale):
+    """The same of the kernels; a denormal loss has the bits that are left."""
+    pytest.importorskip("triton")
+    for p in (1.0, 1.3):
+        losses = torch.as_tensor(rng.random((2, 90)) ** 3 * scale, dtype=torch.float32)
+        x = losses.clone().requires_grad_()
+        loss = lmp_triton.pool_losses(x, p=p, ratio=0.3, reduction="none", backend="triton", solver=solver)
+        loss.sum().backward()
+        for i in range(2):
+            expected = oracle(losses[i], p, 0.3)
+            assert abs(loss[i].item() - expected.loss) <= 2e-6 * expected.loss + 2.0**-149
+            assert np.abs(x.grad[i].double().numpy() - expected.weights).max() <= 1e-5 * expected.tau
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_many_large_segments_in_the_kernels(reduction):
+    pytest.importorskip("triton")
+    losses = torch.full((8, 40), 3e38)
+    loss = lmp_triton.pool_losses(losses, ratio=0.5, reduction=reduction, backend="triton")
+    assert loss.item() == (pytest.approx(3e38, rel=1e-6) if reduction == "mean" else math.inf)
+
+
+@pytest.mark.parametrize("p", [1.0, 1.3, 20.0, math.inf])
+def test_oracle(rng, p):
+    """Near the largest float64, and near the smallest normal one, it says what it says in between."""
+    losses = rng.choice([1.0, 0.5, 0.0], 50) * (1 - 1e-3 * rng.random(50))
+    expected = reference.solve(losses, 15.0, p)
+    for scale in (2.0**1023, 2.0**-960):
+        found = reference.solve(losses * scale, 15.0, p)
+        assert found.saturated == expected.saturated
+        assert found.loss / scale == pytest.approx(expected.loss, rel=1e-12)
+        np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-9, atol=1e-15)
