@@ -103,7 +103,8 @@ def _ready(
     _describe(arguments, key)
     compiled = _compiled.get(tuple(key))
     if compiled is None and isinstance(kernel, triton.JITFunction):
-        compiled = _compiled[tuple(key)] = _compile(kernel, arguments, constants, warps, cooperative)
+        compiled = _compile(kernel, arguments, constants, warps, cooperative)
+        compiled = _compiled.setdefault(tuple(key), compiled)  # another thread may have been first
     return compiled
 
 

@@ -179,7 +179,7 @@ def _sum_above(losses: Tensor, pivot: Tensor, above: Tensor | None, tau: Tensor)
         if losses.dtype != wide:
             return tau * largest.sum(1, dtype=wide)
         # The sum may be above the largest number, τ times it is not.
-        shrink = torch.where(largest.amax(1) > 1, 2.0**-40, 1.0)
+        shrink = torch.where((largest > 1).any(1), 2.0**-40, 1.0)
         return tau * (largest * shrink.unsqueeze(1)).sum(1) / shrink
     # Twice as quick: those up to the pivot count as the pivot, and are taken off again.
     total = torch.zeros_like(tau)

@@ -78,7 +78,7 @@ def ours(
 
 
 def tuned(**changes: object) -> Callable[[Workload | Losses], Loss]:
-    """The kernels by selection with other entries in the table of the search; forward only, which is where they count."""
+    """The kernels by selection with other entries in the table of the search."""
 
     def make(workload: Workload | Losses) -> Loss:
         loss = ours("triton", "select")(workload)

@@ -290,16 +290,13 @@ def test_no_group_no_collective(rng, group):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_group_of_one(rng, group, backend, dtype):
-    """The same bits as without a group where the same solver runs, and as a module."""
+    """As without a group, where on a CPU another search runs; and as a module."""
     if dtype == torch.float64 and backend == "triton":
         pytest.skip("the kernels take no float64")
     logits, target = labelled((3, 8, 9), 5, dtype)
     expected = solve(logits, target, {}, backend)
     got = solve(logits, target, {}, backend, group)
     check([got], expected)
-    if backend == "eager":
-        for field in FIELDS:
-            assert torch.equal(got[field], expected[field]), field
     criterion = lmp_triton.LossMaxPooling(ignore_index=255, scope="batch", backend=backend, group=group)
     assert criterion(logits, target) == got["loss"][0]
 

@@ -165,7 +165,7 @@ def test_options_of_a_decode_head(rng):
         module(logits, target, avg_factor=7)
     with pytest.raises(ValueError, match="reduction must be one of"):
         module(logits, target, reduction_override="average", ignore_index=255)
-    with pytest.raises(ValueError, match="weight must not be negative"):
+    with pytest.raises(ValueError, match="weight must be finite and not negative"):
         DecodeHeadLoss(class_weight=[1.0, -1.0])
 
 

@@ -37,7 +37,11 @@ LOGITS, TARGET = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long)
         ({"group": object(), "scope": "batch"}, RuntimeError, r"call torch.distributed.init_process_group\(\) first"),
         ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int, got float"),
         ({"label_smoothing": 1.1}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.1"),
-        ({"weight": torch.tensor([1.0, -2.0, 1.0])}, ValueError, "weight must not be negative, got -2.0 for class 1"),
+        (
+            {"weight": torch.tensor([1.0, -2.0, 1.0])},
+            ValueError,
+            "weight must be finite and not negative, got -2.0 for class 1",
+        ),
         ({"weight": torch.ones(4)}, ValueError, r"one entry a class, \(3,\), got \(4,\)"),
         ({"weight": torch.ones(3, dtype=torch.long)}, ValueError, "weight must be a floating vector"),
         ({"weight": torch.ones(3, requires_grad=True)}, ValueError, "must not require a gradient"),

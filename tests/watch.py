@@ -91,6 +91,7 @@ class Watch:
 
     def touch(self, addresses, mask, what):
         """A program is about to touch what `addresses` point to where `mask` holds; returns the tensors it touches."""
+        mask = mask.astype(bool)  # of numbers it would be an index
         addresses = np.broadcast_to(addresses, mask.shape)[mask].reshape(-1)
         if not len(addresses):
             return []
