@@ -40,7 +40,7 @@ LOGITS, TARGET = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long)
         (
             {"weight": torch.tensor([1.0, -2.0, 1.0])},
             ValueError,
-            "weight must be finite and not negative, got -2.0 for class 1",
+            "finite and not negative, got -2.0 for class 1",
         ),
         ({"weight": torch.ones(4)}, ValueError, r"one entry a class, \(3,\), got \(4,\)"),
         ({"weight": torch.ones(3, dtype=torch.long)}, ValueError, "weight must be a floating vector"),
