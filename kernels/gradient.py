@@ -67,9 +67,9 @@ def logits_gradient_kernel(task: Task, C: tl.constexpr, FORM: tl.constexpr):
     With a = (1−ε)·v_y + (ε/C)·Σ_k v_k: w*·grad_output·[a·softmax_c − (1−ε)·v_y·[c = y] − (ε/C)·v_c].
 
     Reads   labels; losses, unless they follow from the logits at hand (the same instructions, so the same bits; they
-            are read for p = 1 alone then); logits (N, C, *spatial) once, or not at all if no pixel of a tile has a
-            weight; where they come in chunks, nll (there a tile with a loss above FAR reads its logits twice); scale;
-            weight (C,) or None.
+            are read for p = 1 alone then); logits (N, C, *spatial) once, or, with FORM.width 0, not at all if no pixel
+            of a tile has a weight; where they come in chunks, nll (there a tile with a loss above FAR reads its logits
+            twice); scale; weight (C,) or None.
     Writes  grad (N, C, *spatial), in the type of the logits, every element once, rounded once, multiplied in float32.
     Bytes   C·sizeof(logit) + 1 read, with losses 4 more, C·sizeof(logit) written a pixel.
     """
@@ -98,8 +98,9 @@ def logits_gradient_kernel(task: Task, C: tl.constexpr, FORM: tl.constexpr):
         all_or_none = tl.zeros([BLOCK], tl.float32) + exponent >= Q_CAP  # p = 1
         loss = tl.load(task.losses + saved, mask=inside & all_or_none, other=float("inf"))
         idle = idle | (loss < weights.pivot)
-    busy = tl.min(idle.to(tl.int32), 0) == 0
-    tile = Tile(tile.logits, tile.offsets, tile.class_stride, inside & busy)
+    if FORM.width == 0:  # there it would spill (Triton 3.9)
+        busy = tl.min(idle.to(tl.int32), 0) == 0
+        tile = Tile(tile.logits, tile.offsets, tile.class_stride, inside & busy)
 
     if FORM.at_once:
         # The softmax is as precise as the logits, and nothing was saved for it.

@@ -133,31 +133,46 @@ def heaviest(candidates, pivot, norm, fraction_bits, BLOCK: tl.constexpr):
     return tl.sum(total, 0), tl.sum(ties, 0).to(tl.int64)
 
 
+class Bracket(NamedTuple):
+    """(lo, hi] as bit patterns, and how many losses it holds at most."""
+
+    lo: Any
+    hi: Any
+    inside: Any
+
+
 @triton.jit
-def narrow_bracket(share, segment, capacity, flag, PASS: tl.constexpr, C: tl.constexpr):
+def load_bracket(here):
+    """What the last program of a pass stored."""
+    lo = tl.load(here + LO, cache_modifier=".cg").to(tl.int32)
+    hi = tl.load(here + HI, cache_modifier=".cg").to(tl.int32)
+    return Bracket(lo, hi, tl.load(here + INSIDE, cache_modifier=".cg"))
+
+
+@triton.jit
+def store_bracket(here, lo, hi, inside):
+    """For the next launch, or for programs that wait."""
+    tl.store(here + LO, lo.to(tl.int64))
+    tl.store(here + HI, hi.to(tl.int64))
+    tl.store(here + INSIDE, inside)
+
+
+@triton.jit
+def narrow_bracket(share, segment, bracket, capacity, flag, PASS: tl.constexpr, C: tl.constexpr):
     """Narrow the bracket of a segment to about two of 256 bins, unless its losses fill less than a quarter of the list.
 
-    The program that ends last writes LO, HI and INSIDE; the other words it uses are zero again. With WAIT the others
-    wait for it, until PASSED is `flag`.
+    The program that ends last stores it; the other words it uses are zero again. With WAIT the others wait for it, till
+    PASSED is `flag`, and all get the new bracket. A bracket that stays is in the registers of every program, and stored
+    for the next launch alone: in a launch of several phases nobody reads what another program may be storing.
     """
     WAIT: tl.constexpr = C.wait
     BLOCK: tl.constexpr = C.block
     POWER: tl.constexpr = C.power
     here = segment.here
-    if PASS == 0:
-        lo, hi, inside = first_bracket(segment, POWER)
-    else:
-        lo = tl.load(here + LO, cache_modifier=".cg").to(tl.int32)
-        hi = tl.load(here + HI, cache_modifier=".cg").to(tl.int32)
-        inside = tl.load(here + INSIDE, cache_modifier=".cg")
-
+    lo, hi, inside = bracket.lo, bracket.hi, bracket.inside
     if (4 * inside <= capacity) | segment.poisoned:
-        if PASS == 0:  # otherwise they are there; all programs write the same
-            tl.store(here + LO, lo.to(tl.int64))
-            tl.store(here + HI, hi.to(tl.int64))
-            tl.store(here + INSIDE, inside)
-            if WAIT:
-                tl.debug_barrier()  # one thread stores them, and all load them in the next phase
+        if PASS == 0 and not WAIT:  # otherwise it is there; all programs write the same
+            store_bracket(here, lo, hi, inside)
     else:
         low = bits_float(tl.maximum(lo, 1))
         shift = fine_shift(lo, hi)
@@ -182,10 +197,10 @@ def narrow_bracket(share, segment, capacity, flag, PASS: tl.constexpr, C: tl.con
             base = from_fixed(tl.load(here + BELOW_POWERS, cache_modifier=".cg"), segment.fraction_bits)
             outside = tl.load(here + ABOVE_COUNT, cache_modifier=".cg")
             counts = tl.load(here + FINE + bins, cache_modifier=".cg")
-            lo, hi, inside = finer_bracket(counts, base.to(tl.float32), outside, lo, hi, segment.m, segment.q32, POWER)
-            tl.store(here + LO, lo.to(tl.int64))
-            tl.store(here + HI, hi.to(tl.int64))
-            tl.store(here + INSIDE, inside)
+            new_lo, new_hi, left = finer_bracket(
+                counts, base.to(tl.float32), outside, lo, hi, segment.m, segment.q32, POWER
+            )
+            store_bracket(here, new_lo, new_hi, left)
             tl.debug_barrier()  # everybody has read the counts
             tl.store(here + FINE + bins, tl.zeros([FINE_BINS], tl.int64))
             tl.store(here + BELOW_POWERS, tl.cast(0, tl.int64))
@@ -195,10 +210,13 @@ def narrow_bracket(share, segment, capacity, flag, PASS: tl.constexpr, C: tl.con
                 raise_flag(here + PASSED)
         if WAIT:
             wait_for(here + PASSED, flag)
+            new = load_bracket(here)
+            lo, hi, inside = new.lo, new.hi, new.inside
+    return Bracket(lo, hi, inside)
 
 
 @triton.jit
-def collect_and_solve(share, segment, task, C: tl.constexpr):
+def collect_and_solve(share, segment, bracket, task, C: tl.constexpr):
     """List the losses in the bracket of a segment and add up the others; the program that ends last solves."""
     BLOCK: tl.constexpr = C.block
     SOLVE_BLOCK: tl.constexpr = C.solve_block
@@ -208,11 +226,8 @@ def collect_and_solve(share, segment, task, C: tl.constexpr):
     short_list = task.short_list + segment.index * capacity
     POWER: tl.constexpr = C.power
     norm = normaliser(bits_float(segment.max_bits))
-    if C.passes > 0:
-        bracket_lo = tl.load(here + LO, cache_modifier=".cg").to(tl.int32)
-        bracket_hi = tl.load(here + HI, cache_modifier=".cg").to(tl.int32)
-    else:
-        bracket_lo, bracket_hi, _listed = first_bracket(segment, POWER)
+    REDUCTION: tl.constexpr = C.reduction  # Triton 3.6: a string can't be handed on as a field
+    bracket_lo, bracket_hi = bracket.lo, bracket.hi
     low = bits_float(tl.maximum(bracket_lo, 1))
     quarter = 0.25 * norm  # heavy losses are below 2 where they are normalised
 
@@ -266,7 +281,7 @@ def collect_and_solve(share, segment, task, C: tl.constexpr):
         extra, ties = heaviest(candidates, lo.bits, norm, fraction_bits, SOLVE_BLOCK)
         heavy_sum = from_fixed(heavy + extra, fraction_bits - 2) / norm.to(tl.float64)
         tl.store(here + ROUNDS, rounds)
-        write_solution(task.workspace, task.outputs, segment, lo, heavy_sum, ties, C.reduction, BLOCK)
+        write_solution(task.workspace, task.outputs, segment, lo, heavy_sum, ties, REDUCTION, BLOCK)
 
 
 @triton.jit
@@ -275,14 +290,20 @@ def solve_segment(task, index, program, PASSED_BEFORE: tl.constexpr, C: tl.const
     PASSES: tl.constexpr = C.passes
     FIRST: tl.constexpr = C.first
     END: tl.constexpr = C.end
+    POWER: tl.constexpr = C.power
     length = task.length * C.unit
     share = Share(task.losses + index * length, length, program, task.programs)
     segment = load_segment(task.workspace, index, task.parameters, task.fraction_bits)
+    if FIRST == 0:
+        lo, hi, inside = first_bracket(segment, POWER)
+        bracket = Bracket(lo, hi, inside)
+    else:
+        bracket = load_bracket(segment.here)
     for phase in tl.static_range(FIRST, END):
         if phase < PASSES:
-            narrow_bracket(share, segment, task.capacity, PASSED_BEFORE + phase + 1, phase, C)
+            bracket = narrow_bracket(share, segment, bracket, task.capacity, PASSED_BEFORE + phase + 1, phase, C)
         else:
-            collect_and_solve(share, segment, task, C)
+            collect_and_solve(share, segment, bracket, task, C)
 
 
 @triton.jit

@@ -164,6 +164,7 @@ def sort_kernel(task: Task, C: tl.constexpr):
     """
     wait_for_launch_before()
     RUN: tl.constexpr = C.run
+    REDUCTION: tl.constexpr = C.reduction  # Triton 3.6: a string can't be handed on as a field
     program = tl.program_id(0)
     length = task.length * C.unit
     index = (program // task.runs).to(tl.int64)
@@ -194,7 +195,7 @@ def sort_kernel(task: Task, C: tl.constexpr):
         heavy = from_fixed(heavy, fraction_bits - 2) / norm.to(tl.float64)
         ties = tl.sum(at_pivot.to(tl.int64), 0)
         pivot = End(lo, tl.sum(over.to(tl.int64), 0), tl.max(tl.where(at_pivot, powers, 0.0), 0).to(tl.float64))
-        write_solution(task.workspace, task.outputs, segment, pivot, heavy, ties, C.reduction, RUN)
+        write_solution(task.workspace, task.outputs, segment, pivot, heavy, ties, REDUCTION, RUN)
     else:
         tl.store(task.powers + ours, powers)
         # Added as integers: no rounding but the last.
@@ -207,7 +208,7 @@ def sort_kernel(task: Task, C: tl.constexpr):
             tl.store(segment.here + ROUNDS, rounds)
             heavy, ties = heaviest_of_runs(runs, pivot.bits, fraction_bits - 2, C)
             heavy = from_fixed(heavy, fraction_bits - 2) / norm.to(tl.float64)
-            write_solution(task.workspace, task.outputs, segment, pivot, heavy, ties, C.reduction, RUN)
+            write_solution(task.workspace, task.outputs, segment, pivot, heavy, ties, REDUCTION, RUN)
 
 
 def solve_by_sorting(

@@ -334,10 +334,10 @@ MUTANTS = (
     ),
     Mutant(
         "kernels/select.py",
-        "                tl.debug_barrier()  # one thread stores them, and all load them in the next phase\n",
-        "                pass\n",
-        ORDER,
-        "no barrier after the bracket is stored",
+        "        if PASS == 0 and not WAIT:",
+        "        if PASS == 1 and not WAIT:",
+        "tests/test_solver.py tests/test_launch.py -k 'passes or narrowed or same_from'",
+        "a bracket that stays is not stored for the next launch",
     ),
     Mutant(
         "kernels/select.py",
