@@ -48,8 +48,8 @@ SPILLS = {
     "3.6": {"select, p and ratio tensors": 24, "sort one run": 4, "sort runs": 16, "softmax_losses fp32 C=1024": 4},
     "3.9": {"select cooperative, one pass": 12, "select cooperative, two passes": 12},
 }
-"""What is known to spill, by Triton's version, and at most how many instructions of it: the search with powers for any p,
-the sort of the oldest Triton, and a launch that is off by default. To be mended, not to grow."""
+"""What is known to spill, by Triton's version, and at most how many instructions: the search with powers for any p, the
+sort of the oldest Triton, and a launch that is off by default. To be mended, not to grow."""
 
 
 def test_nothing_spills(table):
