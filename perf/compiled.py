@@ -20,8 +20,10 @@ AMD_OPCODE = re.compile(r"^\t((?:s|v|ds|global|buffer|flat|scratch)_\w+)", re.MU
 AMD_WIDTHS = {
     "ubyte": 8,
     "byte": 8,
+    "sbyte": 8,
     "ushort": 16,
     "short": 16,
+    "sshort": 16,
     "dword": 32,
     "dwordx2": 64,
     "dwordx3": 96,

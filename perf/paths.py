@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)", re.MULTILINE)
 LABEL = re.compile(r"^(\.L_x_\d+):")
-BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
+# Before sm_90 a loop may be left by a call that doesn't return (CALL.REL.NOINC).
+BRANCH = re.compile(r"\b(?:BRA|CALL)\b.*`\((\.L_x_\d+)\)")
 PREDICATE = re.compile(r"!?\bU?P\d")
 LEAVES = ("EXIT", "RET", "BRX")
 END = -1

@@ -135,7 +135,7 @@ def sorted_pooling(losses: Tensor, valid: Tensor | None, p: float, ratio: float)
             c = m - total + torch.arange(1, total + 1, device=losses.device)
             first = ((c * powers - sums <= 0) | (powers == 0)).sum(1, keepdim=True)
             alpha = largest * (sums.gather(1, (first - 1).clamp_min(0)) / (m - total + first)).pow(1 / q)
-            weights = n.pow(-1 / q) * m.pow(-1 / p) * (losses / alpha).clamp_max(1).pow(q - 1)
+            weights = n.pow(-1 / q) * m.pow(-1 / p) * (losses / alpha.clamp_min(1e-300)).clamp_max(1).pow(q - 1)
         weights = (weights if valid is None else torch.where(valid, weights, 0.0)).to(losses.dtype)
     return (weights * losses).sum(1).mean()
 
