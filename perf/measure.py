@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import subprocess
 import sys
@@ -103,7 +104,13 @@ def clock(
     return found
 
 
-SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    for _ in range(100_000): pass"
+# It is told who started it: one that asks could be too late, and would spin for ever beside whoever adopted it.
+SPIN = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    for _ in range(100_000): pass"
+
+
+def spin() -> subprocess.Popen[bytes]:
+    """A process that does nothing but spin until this one ends."""
+    return subprocess.Popen([sys.executable, "-S", "-c", SPIN, str(os.getpid())], stdout=subprocess.DEVNULL)
 
 
 @contextlib.contextmanager
@@ -112,7 +119,7 @@ def spinning(processes: int) -> Iterator[None]:
     started: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(processes):
-            started.append(subprocess.Popen([sys.executable, "-S", "-c", SPIN]))
+            started.append(spin())
         time.sleep(0.5 if processes else 0)  # they are under way
         yield
     finally:

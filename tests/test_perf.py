@@ -146,10 +146,7 @@ def test_spinning_processes_end():
     """With the context, and with the process that started them, however it ends."""
     with measure.spinning(1):
         pass
-    script = (
-        "import subprocess, sys, os\nfrom lmp_triton.perf import measure\n"
-        "spin = subprocess.Popen([sys.executable, '-S', '-c', measure.SPIN])\nprint(spin.pid, flush=True)\nos._exit(1)"
-    )
+    script = "import os\nfrom lmp_triton.perf import measure\nprint(measure.spin().pid, flush=True)\nos._exit(1)"
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/").stdout
     spinner = int(said)
     for _ in range(100):
