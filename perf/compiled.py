@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -158,6 +159,7 @@ def _dependent(ptx: str) -> bool:
     return "griddepcontrol.wait" in ptx[: touched.start() if touched else None]
 
 
+@functools.lru_cache(maxsize=4)
 def resources(cubin: bytes) -> dict[str, int]:
     """REG a thread, STACK and LOCAL bytes a thread, SHARED bytes a program, of a compiled kernel."""
     usage = _run("cuobjdump", cubin, "--dump-resource-usage")

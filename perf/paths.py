@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)", re.MULTILINE)
 LABEL = re.compile(r"^(\.L_x_\d+):")
@@ -35,8 +35,12 @@ class Code:
     loops: tuple[tuple[int, int], ...]
     """First instruction and last branch back to it, by their heads; inner ones included."""
 
-    def onward(self, place: int) -> list[int]:
-        """Where it may go on from an instruction; END: nowhere."""
+    @cached_property
+    def onward(self) -> tuple[tuple[int, ...], ...]:
+        """Where it may go on from each instruction; END: nowhere."""
+        return tuple(map(self._onward, range(len(self.opcodes))))
+
+    def _onward(self, place: int) -> tuple[int, ...]:
         target, falls = self.branches.get(place, (END, True))
         found = [] if target == END else [target]
         if self.opcodes[place].startswith(LEAVES):
@@ -44,15 +48,18 @@ class Code:
             falls = place in self.conditional
         if falls and place + 1 < len(self.opcodes):
             found.append(place + 1)
-        return found
+        return tuple(found)
 
-    def body(self, number: int) -> frozenset[int]:
-        """The instructions of a loop, wherever they lie."""
-        head, _end = self.loops[number]
-        before: dict[int, list[int]] = defaultdict(list)
-        for place in range(len(self.opcodes)):
-            for target in self.onward(place):
+    @cached_property
+    def bodies(self) -> tuple[frozenset[int], ...]:
+        """The instructions of each loop, wherever they lie."""
+        before: list[list[int]] = [[] for _ in range(len(self.opcodes) + 1)]  # the last one: of END
+        for place, targets in enumerate(self.onward):
+            for target in targets:
                 before[target].append(place)
+        return tuple(self._body(head, before) for head, _end in self.loops)
+
+    def _body(self, head: int, before: list[list[int]]) -> frozenset[int]:
         found = {head}
         left = [place for place, (target, _falls) in self.branches.items() if target == head and place > head]
         while left:
@@ -77,13 +84,13 @@ class Code:
         """
         weights = [cost(opcode) for opcode in self.opcodes]
         for number, count in (times or {}).items():
-            for place in self.body(number):
+            for place in self.bodies[number]:
                 weights[place] *= count
         none, better = (-math.inf, max) if dearest else (math.inf, min)
         rest: dict[int, float] = {}
 
         def edges(place: int) -> list[int]:
-            return [x for x in self.onward(place) if x == goal or (x != END and (within is None or x in within))]
+            return [x for x in self.onward[place] if x == goal or (x != END and (within is None or x in within))]
 
         way = {start: iter(edges(start))}  # from start to here: an edge back to it closes a loop
         while way:
@@ -106,12 +113,12 @@ class Code:
     ) -> float:
         """The cost of one run of a loop."""
         head, _end = self.loops[number]
-        return self.path(cost, head, head, times, dearest, self.body(number))
+        return self.path(cost, head, head, times, dearest, self.bodies[number])
 
     def after(self, cost: Callable[[str], float], number: int) -> float:
         """The cost of the cheapest path from a loop to the end."""
-        body = self.body(number)
-        exits = {x for place in body for x in self.onward(place)} - body - {END}
+        body = self.bodies[number]
+        exits = {x for place in body for x in self.onward[place]} - body - {END}
         return min((self.path(cost, x) for x in exits), default=0.0)
 
 

@@ -90,7 +90,8 @@ def issue(cost: catalogue.Cost, code: Compiled, device: roofline.Device, losses:
         number = max(range(len(flow.loops)), key=lambda i: flow.loops[i][1] - flow.loops[i][0])
     head, _end = flow.loops[number]
     found = [flow.loop(w, number, times, dearest) for w, dearest in ways]
-    rest = [x for place, x in enumerate(code.opcodes) if place > head and place not in flow.body(number)]
+    body = flow.bodies[number]
+    rest = [x for place, x in enumerate(code.opcodes) if place > head and place not in body]
     rounds = next((flow.loop(weight, i, dearest=True) for i, (h, _) in enumerate(flow.loops) if h > head), 0)
     last = sum(map(weight, rest)) + (roofline.ROUNDS - 1) * rounds
     return Slots(*(x * a_pixel for x in found), once=flow.path(weight, 0, head) + flow.after(weight, number), last=last)

@@ -201,7 +201,7 @@ def test_paths():
     assert code.loop(cost, 0) == 4 and code.loop(cost, 0, dearest=True) == 12
     assert code.path(cost) == 1 and code.path(cost, dearest=True) == 15
     assert code.path(cost, 1) == 6 and code.path(cost, 1, times={0: 3}, dearest=True) == 3 * 12 + 2
-    assert code.path(cost, 0, goal=5) == 3 and code.after(cost, 0) == 2 and code.body(0) == {1, 2, 3, 4, 5, 6}
+    assert code.path(cost, 0, goal=5) == 3 and code.after(cost, 0) == 2 and code.bodies[0] == {1, 2, 3, 4, 5, 6}
 
 
 def test_the_reader_of_barriers_sees_a_missing_one():
