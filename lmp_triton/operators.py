@@ -5,7 +5,8 @@ launch stays one), and what comes out, it learns from the fake implementations h
 Triton backend; a plain eager call does not come here, since the dispatcher and a Python operator cost it tens of
 microseconds (`perf/NOTES.md`).
 
-Like the stages of every backend they have no derivative, which `autograd` gives them, and no batching rule.
+Like the stages of every backend they have no derivative, which `autograd` gives them; called by themselves under a
+transform of torch.func or in forward mode, they say so.
 """
 
 from __future__ import annotations
@@ -164,12 +165,14 @@ def _pool_losses(
 @custom_op("lmp_triton::total_weight", mutates_args=())
 def _total_weight(losses: Tensor, solution: Tensor) -> Tensor:
     """Σ w* of every segment, (S,)."""
+    checks.transforms(losses)
     return _stages().total_weight(PixelLosses(losses), solution)
 
 
 @custom_op("lmp_triton::pixel_weights", mutates_args=())
 def _pixel_weights(losses: Tensor, solution: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
     """w*·∂value/∂loss_s·grad_output of every pixel, (N, L)."""
+    checks.transforms(losses)
     return _stages().pixel_weights(PixelLosses(losses), solution, grad_output, dtype)
 
 
@@ -186,19 +189,20 @@ def _logits_gradient(
     align_corners: bool | None,
 ) -> Tensor:
     """∂value/∂logits·grad_output, of the type and layout of the logits."""
+    checks.transforms(logits)
     cross_entropy = CrossEntropy(weight, ignore_index, label_smoothing, align_corners)
     pixels = PixelLosses(losses, tuple(saved))
     return _stages().logits_gradient(logits, pixels, solution, grad_output, cross_entropy)
 
 
 OPERATORS = (
-    _softmax_losses,
-    _marked_losses,
-    _pool_logits,
-    _pool_losses,
-    _total_weight,
-    _pixel_weights,
-    _logits_gradient,
+    "softmax_losses",
+    "marked_losses",
+    "pool_logits",
+    "pool_losses",
+    "total_weight",
+    "pixel_weights",
+    "logits_gradient",
 )
 
 
@@ -306,9 +310,11 @@ def _require_interpreter(x: Tensor) -> None:
         raise ValueError(f'backend="triton" cannot serve this call: {settings.NOT_INTERPRETING}')
 
 
-def _no_batching(info: Any, in_dims: Any, *arguments: Any) -> NoReturn:
+def _refuse(*arguments: Any, **options: Any) -> NoReturn:
     raise NotImplementedError(checks.NO_TRANSFORMS)
 
 
-for _operator in OPERATORS:
-    _operator.register_vmap(_no_batching)
+# What every transform of torch.func comes to first. By itself jvp would make a zero of the tangent, vmap a loop.
+_TRANSFORMS = torch.library.Library("lmp_triton", "FRAGMENT")
+for _name in (*OPERATORS, "crossing"):  # the last is the one of `search`
+    _TRANSFORMS.impl(_name, _refuse, "FuncTorchDynamicLayerFrontMode")

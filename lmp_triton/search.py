@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import distributed
+from . import checks, distributed
 from .settings import on_host
 from .slices import GRAIN, cut
 from .types import IGNORED
@@ -92,6 +92,7 @@ def _crossing(
     losses: Tensor, ratio: Tensor, q: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`on_the_host`, where a graph is compiled for the CPU: one opaque node, which may look at values."""
+    checks.transforms(losses)
     valid, poisoned, m, pivot, above, power_sum, tied = on_the_host(losses, ratio, q)
     assert tied is not None
     return valid, poisoned, m, pivot, above, power_sum, tied

@@ -215,14 +215,14 @@ class Loss(torch.nn.Module):
 def test_export(rng, device, strict, tmp_path):
     """By "auto" the eager backend: the program holds PyTorch's own operators alone, and runs without this package."""
     module = Loss(weight=torch.rand(5)).to(device)
-    # A dynamic batch: not with strict=True, where Dynamo can't hand the number of segments on to an autograd.Function.
-    n, h = None if strict else torch.export.Dim("n"), torch.export.Dim("h")
+    # With strict=True PyTorch 2.10 fails on sizes that have no upper bound: the loss sets one, to their product.
+    n, h = torch.export.Dim("n", max=64), torch.export.Dim("h", max=1000)
     program = torch.export.export(module, data(device), dynamic_shapes=({0: n, 2: h}, {0: n, 1: h}), strict=strict)
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert names and not any("lmp_triton" in name for name in names)
     torch.export.save(program, tmp_path / "loss.pt2")
     loaded = torch.export.load(tmp_path / "loss.pt2").module()
-    for shape in ((2, 9, 10), (2 if strict else 3, 12, 10)):
+    for shape in ((2, 9, 10), (3, 12, 10)):
         inputs = data(device, shape)
         torch.testing.assert_close(loaded(*inputs), module(*inputs), rtol=2e-6, atol=0)
 

@@ -261,6 +261,27 @@ def test_looking_at_the_output_leaves_nothing_behind_and_keeps_what_is_there(pac
     assert (tmp_path / "old.png").read_bytes() == b"old"
 
 
+def test_a_full_disk_is_said_after_the_table_and_the_old_picture_stays(packages, tmp_path, monkeypatch, capsys):
+    """No file may be larger than 20 000 bytes: the picture is, and writing it fails as on a full disk."""
+    resource = pytest.importorskip("resource")
+    from lmp_triton.demo import comparison
+
+    monkeypatch.setattr(comparison.loop, "fit", lambda *_: None)
+    monkeypatch.setattr(comparison.loop, "iou", lambda network, batches, classes, *_: torch.zeros(classes))
+    picture = tmp_path / "demo.png"
+    picture.write_bytes(b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        status = demo.run(arguments("--output", str(picture)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr()
+    assert status == 1 and "mean of the five" in said.out and "Picture:" not in said.out
+    assert said.err.count("\n") == 1 and "File too large" in said.err and str(picture) in said.err
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.png"] and picture.read_bytes() == b"old"
+
+
 # The whole.
 
 

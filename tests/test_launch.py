@@ -182,3 +182,17 @@ def test_what_is_compiled_anew(monkeypatch):
     others = number_of(x[1:]), number_of(x.double()), number_of(None), number_of(x, constants=(256,))
     others += number_of(x, warps=8), number_of(x, cooperative=True), launch._ready("another", ((x, None, 1),), (), 4, 0)
     assert others == tuple(range(2, 9))
+
+
+def test_what_is_handed_on(monkeypatch):
+    """To a compiled kernel: the grid, then its arguments, then its constants."""
+    from lmp_triton.kernels import launch
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *given: seen.append((grid, given))
+
+    seen = []
+    monkeypatch.setattr(launch, "_ready", lambda *arguments: Compiled())
+    launch.launch("kernel", 7, ("tensors", 2), ("constants",), 4)
+    assert seen == [((7, 1, 1), ("tensors", 2, "constants"))]

@@ -58,11 +58,18 @@ def test_logits_in_every_layout(rng, layout, classes, size):
     torch.testing.assert_close(grad.float(), y.grad, rtol=2e-2 if classes == 5 else 1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"weight": torch.tensor([1.0, 0.0, 2.0])}])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("classes", [3, 33])  # at once; in chunks, the last one not full
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_weights_and_smoothing(rng, layout, options):
-    logits, target = labelled((3, 5, 7), 3)
-    watched(laid_out(logits, layout), target.to(torch.uint8), **options)
+def test_weights_and_smoothing(rng, layout, classes, smoothing):
+    logits, target = labelled((3, 5, 7), classes)
+    weight = torch.rand(classes).index_fill_(0, torch.tensor(1), 0.0)
+    options = {"label_smoothing": smoothing}
+    kept = weight.clone()
+    watched(laid_out(logits, layout), target.to(torch.uint8), weight=weight, **options)
+    if smoothing:
+        watched(laid_out(logits, layout), target, **options)
+    assert torch.equal(weight, kept)
 
 
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name != "eager"])
@@ -92,7 +99,9 @@ def test_passes_and_cooperative_launches(rng, monkeypatch, cooperative):
         select = {"block": 256, "capacity": capacity, "solve_block": 128, "passes": (10, 200)}
         configure(monkeypatch, select=select, forward_solve_block=128, stream={"block": 256})
         logits, target = labelled((2, 20, 31), 5)
-        watched(logits, target, solver="select")
+        loss, *_ = watched(logits, target, solver="select")
+        expected = lmp_triton.loss_max_pooling(logits, target, ignore_index=255, backend="eager")
+        torch.testing.assert_close(loss, expected, rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("length", [300, 511])

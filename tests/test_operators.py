@@ -120,18 +120,43 @@ def test_no_derivative_of_their_own(rng, device):
         value.backward()
 
 
-def test_vmap_and_forward_mode_are_refused(rng, device):
-    """PyTorch would run a loop for the one and return a zero for the other."""
-    logits, *rest = arguments(device, CALLS[0])
-    with pytest.raises(NotImplementedError, match="does not run under the transforms"):
-        torch.func.vmap(lambda x: operators.pool_logits(x, *rest)[1].value)(logits.unsqueeze(0))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="does not run under the transforms"):
-        operators.pool_logits(forward_ad.make_dual(logits, logits), *rest)
-    losses, pool = torch.rand(2, 30, device=device), Pool(1.3, 0.5)
-    with pytest.raises(NotImplementedError, match="does not run under the transforms"):
-        torch.func.vmap(lambda x: operators.pool_losses(x, None, pool)[1].value)(losses.unsqueeze(0))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="does not run under the transforms"):
-        operators.pool_losses(forward_ad.make_dual(losses, losses), None, pool)
+def dual(function, x):
+    """In forward mode, without torch.func."""
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(x, x))
+
+
+TRANSFORMS = {
+    "vmap": lambda function, x: torch.func.vmap(function)(x.unsqueeze(0)),
+    "jvp": lambda function, x: torch.func.jvp(function, (x,), (x,)),
+    "grad": lambda function, x: torch.func.grad(lambda x: function(x).sum())(x),
+    "jacrev": lambda function, x: torch.func.jacrev(function)(x),
+    "forward mode": dual,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_are_refused(rng, device, transform):
+    """PyTorch would run a loop for one, return a zero for another, or say what is no help."""
+    logits, target, cross_entropy, pool = arguments(device, CALLS[0])
+    losses, flat = torch.rand(2, 30, device=device), operators._flat(pool)
+    marked, value, solution, _ = OPERATORS.pool_losses(losses, None, *flat)
+    pixel, saved, _, of_logits, _ = OPERATORS.pool_logits(logits, target, *cross_entropy, *flat)
+    rest, half = (pixel, saved, of_logits, value, *cross_entropy), torch.tensor(0.5, dtype=torch.float64)
+    calls = {
+        "softmax_losses": (lambda x: OPERATORS.softmax_losses(x, target, *cross_entropy, "image")[0], logits),
+        "marked_losses": (lambda x: OPERATORS.marked_losses(x, None, "image"), losses),
+        "pool_logits": (lambda x: OPERATORS.pool_logits(x, target, *cross_entropy, *flat)[2], logits),
+        "pool_losses": (lambda x: OPERATORS.pool_losses(x, None, *flat)[1], losses),
+        "total_weight": (lambda x: OPERATORS.total_weight(x, solution), marked),
+        "pixel_weights": (lambda x: OPERATORS.pixel_weights(x, solution, value, torch.float32), marked),
+        "logits_gradient": (lambda x: OPERATORS.logits_gradient(x, *rest), logits),
+        "crossing": (lambda x: OPERATORS.crossing(x, half, 2 * half)[3], torch.rand(2, 30)),
+    }
+    assert calls.keys() == {*operators.OPERATORS, "crossing"}
+    for function, x in calls.values():
+        with pytest.raises(NotImplementedError, match="does not run under the transforms"):
+            TRANSFORMS[transform](function, x)
 
 
 def test_the_plain_call_does_without(rng, backend, device):

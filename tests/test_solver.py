@@ -98,6 +98,25 @@ def test_every_small_n(rng, solver, device, p):
             check(losses, p, m / n, device, **solver)
 
 
+def test_fifty_orders_apart(rng, solver, device):
+    """What lies so far below α* that the ratio is no float32 still has nearly the weight τ where q is nearly 1."""
+    check(np.append(np.full(9, 1e-20), 1e30), 1e8, 0.01, device, **solver)
+
+
+@pytest.mark.parametrize("p", [1.0, 1.3])
+def test_exact_counts(rng, solver, device, p):
+    """ratio = 1 weighs every loss alike, a zero too; losses equal to a pivot that is α* are saturated, all of them."""
+    ascending = np.repeat([0.0, 1.0, 3.0], [50, 150, 100])
+    for losses in (ascending, rng.permutation(ascending)):  # of one run all are below the next; each has some of all
+        losses = torch.tensor(losses, dtype=torch.float32, device=device)
+        weights, stats = lmp_triton.optimal_weights(losses, p=p, ratio=1.0, scope="batch", **solver)
+        torch.testing.assert_close(weights, torch.full_like(weights, 1 / 300))
+        assert stats.saturated.item() == 300
+        for m in (100, 250) if p == 1 else ():
+            _, stats = lmp_triton.optimal_weights(losses, p=p, ratio=m / 300, scope="batch", **solver)
+            assert stats.saturated.item() == m
+
+
 def test_p_1_in_float64_shares_the_last_of_m(rng):
     """Weights 1/m on the largest ⌊m⌋ losses, the rest on the next: two float64s may have logarithms of one value."""
     losses = torch.as_tensor(rng.gamma(2.0, 1.0, (3000, 12)), dtype=torch.float64)

@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; 0, or 2 with the reason on standard error if something is not installed or an option is wrong."""
+    """Run the demo; 0, or with the reason on standard error 2 if something is not installed or an option is wrong, and
+    1 if the picture could not be written, when all else is printed."""
     defaults = SCENES[args.scene]
     try:
         require_modules("matplotlib", "PIL", "rich", "sklearn", "torchmetrics")
@@ -71,7 +72,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"lmp-triton demo: {error}", file=sys.stderr)
         return 2
     seeds = range(args.seed, args.seed + args.seeds)
-    compare(scene, pooling, steps=args.steps or defaults.steps, seeds=seeds, output=args.output)
+    try:
+        compare(scene, pooling, steps=args.steps or defaults.steps, seeds=seeds, output=args.output)
+    except OSError as error:
+        print(f"lmp-triton demo: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lmp_triton import LossMaxPooling, dispatch, optimal_weights
 from lmp_triton.segmentation import loop
 
-from .picture import View, draw
+from .picture import View, draw, part_of
 from .scene import Scene
 
 __all__ = ["check_output", "compare"]
@@ -38,15 +38,12 @@ def check_output(output: Path) -> None:
         raise ValueError(f"--output must be a file, and {output} is a folder")
     if output.suffix.lower() not in TYPES:
         raise ValueError(f"--output must end in one of {', '.join(TYPES)}, got {output}")
-    existed = output.exists()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("ab"):
-            pass
+        part_of(output).touch()
+        part_of(output).unlink()
     except OSError as error:
         raise ValueError(f"--output cannot be written: {error}") from None
-    if not existed:
-        output.unlink()
 
 
 def compare(scene: Scene, pooling: LossMaxPooling, *, steps: int, seeds: Sequence[int], output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from .scene import Scene
 
-__all__ = ["View", "draw"]
+__all__ = ["View", "draw", "part_of"]
 
 
 class View(NamedTuple):
@@ -37,6 +38,9 @@ def draw(path: Path, scene: Scene, view: View, ious: dict[str, NDArray[np.float6
         view: what to show of it.
         ious: for each loss the IoU of every class over all held-out images, 0 to 1 or NaN, shape (classes,).
         caption: how it was made, in a line.
+
+    Raises:
+        OSError: it could not be written, and what was there before still is.
     """
     figure = Figure(figsize=(18, 9.2), dpi=120, layout="constrained")
     figure.suptitle("Cross-entropy and loss max-pooling, side by side", x=0.004, ha="left", fontsize=19, weight="bold")
@@ -49,7 +53,25 @@ def draw(path: Path, scene: Scene, view: View, ious: dict[str, NDArray[np.float6
         overview.set(xticks=[], yticks=[])
         scene.draw_overview(overview)
     _draw_ious(right, scene, ious)
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.removeprefix(".").lower())
+    _write(path, picture.getvalue())
+
+
+def part_of(path: Path) -> Path:
+    """Where a picture is until it is whole."""
+    return path.with_name(path.name + ".part")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of it, or nothing."""
+    part = part_of(path)
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _draw_view(figure: SubFigure, scene: Scene, view: View) -> None:
