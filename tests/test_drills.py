@@ -194,6 +194,54 @@ def test_on_a_gpu_that_is_not_there(tmp_path, what):
     assert result.stdout.strip() == "as it should", result.stdout + result.stderr[-3000:]
 
 
+IN_WHICH_ORDER = {
+    "Triton first": """
+        import os, torch, triton, lmp_triton
+        os.environ["TRITON_INTERPRET"] = "1"
+        try:
+            lmp_triton.pool_losses(torch.rand(1, 9), backend="triton")
+        except ValueError as error:
+            assert "TRITON_INTERPRET=1 was not set when Triton was imported" in str(error), error
+        assert lmp_triton.pool_losses(torch.rand(1, 9)).isfinite()
+        try:
+            import lmp_triton.kernels
+        except ImportError as error:
+            print(error)
+    """,
+    "kernels first": """
+        import os, torch, lmp_triton.kernels
+        os.environ["TRITON_INTERPRET"] = "1"
+        try:
+            lmp_triton.pool_losses(torch.rand(1, 9), backend="triton")
+        except ValueError as error:
+            print(error)
+    """,
+    "taken back": """
+        import os
+        os.environ["TRITON_INTERPRET"] = "1"
+        import torch, triton, lmp_triton
+        del os.environ["TRITON_INTERPRET"]
+        try:
+            lmp_triton.pool_losses(torch.rand(1, 9), backend="triton")
+        except ImportError as error:
+            print(error)
+    """,
+}
+
+
+@pytest.mark.parametrize("order", IN_WHICH_ORDER)
+def test_the_interpreter_is_asked_for_before_triton_is_imported(order):
+    """Otherwise the message says so; "0 active drivers" was Triton's."""
+    pytest.importorskip("triton")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", textwrap.dedent(IN_WHICH_ORDER[order])]
+    result = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True)
+    says = (
+        "was not set when Triton was imported" if order == "kernels first" else "was changed after Triton was imported"
+    )
+    assert says in result.stdout, result.stdout + result.stderr[-2000:]
+
+
 class Pooled(torch.utils.data.Dataset):
     """Pools in the worker that loads, as hard-example mining does."""
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from support import oracle
+from support import CUDA, oracle
 
 import lmp_triton
 from lmp_triton import reference, search
@@ -145,6 +145,35 @@ def test_kernels(rng, solver, scale):
             expected = oracle(losses[i], p, 0.3)
             assert abs(loss[i].item() - expected.loss) <= 2e-6 * expected.loss + 2.0**-149
             assert np.abs(x.grad[i].double().numpy() - expected.weights).max() <= 1e-5 * expected.tau
+
+
+@pytest.mark.skipif(CUDA, reason="the processor's switch: kernels on a GPU keep denormals")
+@pytest.mark.parametrize("solver", ["eager", "select", "sort"])
+@pytest.mark.parametrize("p", [1.0, 1.3])
+def test_flushed_by_every_solver(rng, solver, p):
+    """The same, few losses being normal, and losses around the smallest normal number.
+
+    (There two losses may differ by less than that number, which reads as nothing: to eager they may be ties.)
+    """
+    if solver != "eager":
+        pytest.importorskip("triton")
+    options = {"backend": "eager"} if solver == "eager" else {"backend": "triton", "solver": solver}
+    tiny = torch.finfo(torch.float32).tiny
+    cases = [np.where(np.arange(300) < some, rng.random(300), 1e-40) for some in (0, 20, 150)]
+    for values in (*cases, 4 * tiny * rng.random(300)):
+        losses = torch.as_tensor(values, dtype=torch.float32)[None]
+        x = losses.clone().requires_grad_()
+        assert torch.set_flush_denormal(True)
+        try:
+            loss, stats = lmp_triton.pool_losses(x, p=p, ratio=0.3, reduction="none", return_stats=True, **options)
+            loss.sum().backward()
+        finally:
+            torch.set_flush_denormal(False)
+        expected = oracle(torch.where(losses[0] < tiny, 0.0, losses[0]), p, 0.3)
+        assert abs(loss.item() - expected.loss) <= 2e-6 * expected.loss and stats.valid.item() == 300
+        assert x.grad.isfinite().all()
+        if solver != "eager" or values.max() > tiny * 4:
+            assert np.abs(x.grad[0].double().numpy() - expected.weights).max() <= 1e-5 * expected.tau
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
