@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import bilinear, eager, operators, settings
+from . import eager, operators, settings
 from .settings import BACKENDS, SOLVERS
 from .types import Backend
 
@@ -102,7 +102,8 @@ def obstacle(values: Tensor, scope: str = "image", target: Tensor | None = None)
 def _reach(logits: Tensor, target: Tensor) -> int:
     """A bound for the numbers that the gradient of upsampled logits is added up from: 32-bit offsets reach them."""
     _, classes, height, width = logits.shape
-    spans = -(-bilinear.axis(width, target.shape[2], False).longest_cell // 8) + 1
+    longest_cell = -(-target.shape[2] // width)  # of a bilinear.Axis, whose property torch 2.10 does not trace
+    spans = -(-longest_cell // 8) + 1
     return 4 * classes * (height + 1) * (width + 1) * spans
 
 
