@@ -275,8 +275,8 @@ def main():
     end, number, found, tried = time.monotonic() + 60 * options.minutes, options.seed, Counter(), Counter()
 
     def one(case):
-        tried["cases"] += 1
         if time.monotonic() < end:
+            tried["cases"] += 1
             check(case, options.backend)
 
     print(f"seed {number}")
