@@ -109,10 +109,10 @@ class NodesConfig(NamedTuple):
 class UpsampledConfig(NamedTuple):
     """How a kernel walks logits that are upsampled on the way."""
 
-    whole: int
-    """Up to so many classes are held in registers for all pixels of a cell."""
     chunk: int
-    """Above, so many at a time."""
+    """Classes held in registers for all pixels of a cell; if there are more, parts of them."""
+    groups: int
+    """Of classes that go side by side, a power of two."""
     span: int
     """Pixels of a cell side by side that a thread has."""
     lanes: int
@@ -122,6 +122,8 @@ class UpsampledConfig(NamedTuple):
     warps: int
     per_multiprocessor: int
     """Programs that are enough for each multiprocessor: more rows of cells a program only where these are left."""
+    registers: int
+    """A thread may have."""
 
 
 class Table(NamedTuple):
@@ -157,7 +159,9 @@ AMPERE = Table(
     forward_solve_block=128,
     sort=SortConfig(run=2048, lanes=128, warps=8, up_to=2048),
     nodes=NodesConfig(block=128, chunk=16, warps=4),
-    upsampled=UpsampledConfig(whole=24, chunk=8, span=8, lanes=64, height=8, warps=2, per_multiprocessor=4),
+    upsampled=UpsampledConfig(
+        chunk=24, groups=4, span=8, lanes=64, height=8, warps=4, per_multiprocessor=4, registers=255
+    ),
 )
 # Above 24 classes, 4 pixels a thread would need more than 255 registers there: 2 then.
 BLACKWELL = AMPERE._replace(

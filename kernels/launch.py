@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from .configs import multiprocessors
 from .occupancy import LIMITS, programs_a_multiprocessor
@@ -49,6 +50,7 @@ def launch(
     constants: tuple[Any, ...],
     warps: int,
     cooperative: bool = False,
+    registers: int | None = None,
 ) -> None:
     """Launch `grid` programs of `kernel` on the current device, where its tensors are.
 
@@ -60,11 +62,13 @@ def launch(
     Args:
         arguments, constants: of the kernel, in this order.
         cooperative: all programs are on the device at once, or the launch fails.
+        registers: a thread may have on an NVIDIA GPU. Without, the compiler spills some where one more program fits on
+            a multiprocessor then.
 
     Raises:
         TooLarge: they don't fit on it.
     """
-    compiled = _ready(kernel, arguments, constants, warps, cooperative)
+    compiled = _ready(kernel, arguments, constants, warps, cooperative, registers)
     if compiled is None:
         kernel[grid,](*arguments, *constants)  # the interpreter
         return
@@ -96,14 +100,19 @@ def resident_programs(
 
 
 def _ready(
-    kernel: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int, cooperative: bool
+    kernel: Any,
+    arguments: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    warps: int,
+    cooperative: bool,
+    registers: int | None = None,
 ) -> Any | None:
     """What was compiled for the like of these arguments, compiled now if need be; None in the interpreter."""
     key = [kernel, constants, warps, cooperative]
     _describe(arguments, key)
     compiled = _compiled.get(tuple(key))
     if compiled is None and isinstance(kernel, triton.JITFunction):
-        compiled = _compile(kernel, arguments, constants, warps, cooperative)
+        compiled = _compile(kernel, arguments, constants, warps, cooperative, registers)
         compiled = _compiled.setdefault(tuple(key), compiled)  # another thread may have been first
     return compiled
 
@@ -119,12 +128,21 @@ def _describe(arguments: tuple[Any, ...], key: list[Any]) -> None:
             key.append(None)
 
 
-def _compile(kernel: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int, cooperative: bool) -> Any:
+def _compile(
+    kernel: Any,
+    arguments: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    warps: int,
+    cooperative: bool,
+    registers: int | None,
+) -> Any:
     kinds = [parameter.annotation for parameter in inspect.signature(kernel.fn).parameters.values()]
     assert kinds[len(arguments) :] == [tl.constexpr] * len(constants), kernel
     typical = [_typical(x, kind) for x, kind in zip(arguments, kinds[: len(arguments)], strict=True)]
     options = {"launch_cooperative_grid": True} if cooperative else {"launch_pdl": True} if DEPENDENT.value else {}
-    return kernel.warmup(*typical, *constants, grid=(1,), num_warps=warps, enable_fp_fusion=True, **options)
+    nvidia = driver.active.get_current_target().backend == "cuda"
+    limit = {"maxnreg": registers} if registers and nvidia else {}
+    return kernel.warmup(*typical, *constants, grid=(1,), num_warps=warps, enable_fp_fusion=True, **options, **limit)
 
 
 def _typical(x: Any, kind: Any) -> Any:

@@ -17,7 +17,19 @@ from .launch import launch
 from .layout import Strides
 from .logits import within_classes
 from .softmax import class_weight, sum_of_weights
-from .upsampling import Grid, Plan, along_row, apart, load_cells, row_of_cells, row_of_pixels, spans_of, zeros
+from .upsampling import (
+    NO_PIXEL,
+    STEEP,
+    Grid,
+    Plan,
+    along_row,
+    corners_of,
+    load_cells,
+    row_of_cells,
+    row_of_pixels,
+    spans_of,
+    zeros,
+)
 from .weighting import Scale, relative_weight, segment_weights
 
 
@@ -38,6 +50,8 @@ class Task(NamedTuple):
     """(N, h + strips, 2, C, spans a row) float32: what is given to the nodes of a row, by spans to their right (0) and
     to their left (1): row j, the first h of them, by the strip that cells j are in; row h + s by strip s to the last
     row of nodes it reaches."""
+    exchanged: Tensor
+    """(programs, 2, lanes · (4 · span + 1)) float32: a program's own, for what its threads hand each other"""
     grid: Grid
     smoothing: tl.float32
     chunks: tl.int32
@@ -45,7 +59,11 @@ class Task(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Over pixels of a span, with x and y as places between nodes; a tuple of classes each."""
+    """Over pixels of a span, with x and y as places between nodes; a tuple of classes each.
+
+    d_c = s·softmax_c − h·[c = y] − e·v_c of a pixel. Σ e, the same for all classes, comes after the last one where
+    labels are smoothed, and is taken off when the sums are stored.
+    """
 
     d: Any
     x: Any
@@ -55,25 +73,40 @@ class Sums(NamedTuple):
 
 
 class Pixels(NamedTuple):
-    """What a row of pixels gives to every class, a tuple of C.span vectors each."""
+    """What a row of pixels gives to every class, a tuple of C.span tensors (1, C.lanes) each."""
 
-    log_total: Any
+    lowest: Any
+    """The smallest log_total of them, (1, C.lanes)."""
+    softmax: Any
+    """s, relative to an exponential that is itself relative to `lowest`."""
     label: Any
     hit: Any
-    spread: Any
+    """h"""
     share: Any
+    """e"""
 
 
 @triton.jit
-def pixels_at(task, image, place, there, weighting, C: tl.constexpr):
-    """The pixels at places in an image that begins at `image`."""
-    SPAN: tl.constexpr = C.span
-    loss = tl.load(task.losses + image + place, mask=there, other=-1.0)
-    label = tl.load(task.labels + image + place, mask=there, other=0).to(tl.int32)
-    # Of pixels that are none, no exponential may overflow; of ignored ones at a bad node none will.
-    log_total = tl.load(task.log_totals + image + place, mask=there, other=float("inf"))
+def exchange(tile, here, lane, C: tl.constexpr):
+    """Put a tile (C.lanes, C.span) where all threads find it: 4-byte words from `here` on, in the order of lane."""
+    tl.store(here + (lane * C.span + tl.arange(0, C.span)[None, :]), tile)
+
+
+@triton.jit
+def prepare_pixels(task, row, turn, image, here, weighting, C: tl.constexpr):
+    """What a row of pixels gives to every class, each pixel by one thread; `pixels_at` reads it.
+
+    turn: the only pixel of a span that counts; below 0: all do. image: where its pixels begin; here: where to put it.
+    """
+    WORDS: tl.constexpr = C.lanes * C.span
+    lane = tl.arange(0, C.lanes)[:, None]
+    place = image + (row.y * (task.grid.width * C.unit))[:, None] + row.x
+    there = row.there & ((turn < 0) | (turn == tl.arange(0, C.span)[None, :]))
+    loss = tl.load(task.losses + place, mask=there, other=-1.0)
+    label = tl.load(task.labels + place, mask=there, other=0).to(tl.int32)
+    log_total = tl.load(task.log_totals + place, mask=there, other=NO_PIXEL)
     if task.weights is not None:
-        share = tl.load(task.weights + image + place, mask=there, other=0.0)
+        share = tl.load(task.weights + place, mask=there, other=0.0)
     else:
         share = tl.where(loss == -1.0, 0.0, relative_weight(loss, weighting) * weighting.step)
     hit = share
@@ -84,74 +117,166 @@ def pixels_at(task, image, place, there, weighting, C: tl.constexpr):
         hit *= 1 - task.smoothing
         share *= task.smoothing / C.classes
         spread = hit + share * sum_of_weights(task.weight, C.classes)
-    hits = apart(hit, SPAN)
-    spreads = hits
-    shares = hits
-    if C.smooth:
-        spreads = apart(spread, SPAN)
-        shares = apart(share, SPAN)
-    return Pixels(apart(log_total, SPAN), apart(label, SPAN), hits, spreads, shares)
+        exchange(share, here + 3 * WORDS, lane, C)
+    lowest = tl.min(log_total, 1)[:, None]
+    exchange(spread * tl.exp2(lowest - log_total), here, lane, C)
+    exchange(hit, here + WORDS, lane, C)
+    exchange(label.to(tl.float32, bitcast=True), here + 2 * WORDS, lane, C)
+    tl.store(here + 4 * WORDS + lane, lowest)
 
 
 @triton.jit
-def add_row(sums, pixels, values, spans, y, weight, first, C: tl.constexpr):
-    """The sums with a row of pixels added."""
+def pixels_at(here, C: tl.constexpr):
+    """A row of pixels from where `prepare_pixels` has put it."""
+    WORDS: tl.constexpr = C.lanes * C.span
+    lane = tl.arange(0, C.lanes)[None, :]
+    first = here + lane * C.span
+    softmax = ()
+    labels = ()
+    hits = ()
+    shares = ()
+    for k in tl.static_range(C.span):
+        softmax = softmax + (tl.load(first + k),)
+        hits = hits + (tl.load(first + (WORDS + k)),)
+        labels = labels + (tl.load(first + (2 * WORDS + k)).to(tl.int32, bitcast=True),)
+        if C.smooth:
+            shares = shares + (tl.load(first + (3 * WORDS + k)),)
+    return Pixels(tl.load(here + 4 * WORDS + lane), softmax, labels, hits, shares)
+
+
+@triton.jit
+def add_softmax(sums, pixels, values, y, place, pace, C: tl.constexpr):
+    """The sums with a row of pixels added, their labels left out. place, pace: as in `Spans`."""
     SPAN: tl.constexpr = C.span
-    CHUNK: tl.constexpr = C.chunk
     new_d = ()
     new_x = ()
     new_y = ()
     new_xy = ()
-    for i in tl.static_range(CHUNK):
+    COUNT: tl.constexpr = C.chunk // C.groups
+    for i in tl.static_range(COUNT):
         left, across = along_row(values, y, i)
-        total = tl.zeros(left.shape, tl.float32)
-        total_x = total
-        for k in tl.static_range(SPAN):
-            x = spans.places[k]
-            d = tl.exp2((left + x * across) - pixels.log_total[k]) * pixels.spread[k]
-            d -= tl.where(pixels.label[k] == first + i, pixels.hit[k], 0.0)
-            if C.smooth:
-                d -= pixels.share[k] * class_weight(weight, first + i, C.classes)
-            total += d
-            total_x += x * d
-        new_d = new_d + (sums.d[i] + total,)
-        new_x = new_x + (sums.x[i] + total_x,)
-        new_y = new_y + (sums.y[i] + y * total,)
-        new_xy = new_xy + (sums.xy[i] + y * total_x,)
+        x = tl.exp2((left - pixels.lowest) + place * across)
+        ratio = tl.exp2(pace * across)
+        # Σ s_k·ratio^k and Σ k·s_k·ratio^k by Horner's rule, from the last pixel to the first.
+        total = pixels.softmax[SPAN - 1]
+        total_k = tl.zeros(total.shape, tl.float32)
+        for k in tl.static_range(SPAN - 2, -1, -1):
+            total_k = total_k * ratio + total
+            total = total * ratio + pixels.softmax[k]
+        total_k *= ratio
+        total_x = place * total + pace * total_k
+        below = y * x
+        new_d = new_d + (sums.d[i] + x * total,)
+        new_x = new_x + (sums.x[i] + x * total_x,)
+        new_y = new_y + (sums.y[i] + below * total,)
+        new_xy = new_xy + (sums.xy[i] + below * total_x,)
+    if C.smooth:
+        new_d = new_d + (sums.d[COUNT],)
+        new_x = new_x + (sums.x[COUNT],)
+        new_y = new_y + (sums.y[COUNT],)
+        new_xy = new_xy + (sums.xy[COUNT],)
     return Sums(new_d, new_x, new_y, new_xy)
 
 
 @triton.jit
-def store_sums(place, row, sums, there, spans, a_row, first, C: tl.constexpr):
+def either(a, b):
+    """Bits of one or the other."""
+    return a | b
+
+
+@triton.jit
+def labels_there(pixels, first, C: tl.constexpr):
+    """Which of the classes from `first` on are labels of pixels that count: a bit for the i-th of all groups."""
+    bits = tl.zeros(pixels.lowest.shape, tl.int32)
+    for k in tl.static_range(C.span):
+        c = pixels.label[k] - first
+        bit = tl.where(pixels.hit[k] != 0.0, 1 << (c // C.groups & 31), 0)
+        if C.chunk < C.classes:
+            bit = tl.where((c >= 0) & (c < C.chunk), bit, 0)
+        bits |= bit
+    return tl.reduce(tl.reduce(bits, 1, either), 0, either)
+
+
+@triton.jit
+def add_labels(sums, pixels, y, place, pace, first, C: tl.constexpr):
+    """What `add_softmax` leaves out. A row of a program has few labels: the other classes have nothing to add."""
+    SPAN: tl.constexpr = C.span
+    COUNT: tl.constexpr = C.chunk // C.groups
+    present = labels_there(pixels, first, C)
+    group = first + tl.arange(0, C.groups)[:, None]
+    new_d = ()
+    new_x = ()
+    new_y = ()
+    new_xy = ()
+    for i in tl.static_range(COUNT):
+        d, x, down, both = sums.d[i], sums.x[i], sums.y[i], sums.xy[i]
+        if (present >> i) & 1 != 0:
+            hit = tl.zeros(d.shape, tl.float32)
+            hit_k = hit
+            for k in tl.static_range(SPAN):
+                h = tl.where(pixels.label[k] == group + i * C.groups, pixels.hit[k], 0.0)
+                hit += h
+                hit_k += k * h
+            hit_x = place * hit + pace * hit_k
+            d -= hit
+            x -= hit_x
+            down -= y * hit
+            both -= y * hit_x
+        new_d = new_d + (d,)
+        new_x = new_x + (x,)
+        new_y = new_y + (down,)
+        new_xy = new_xy + (both,)
+    if C.smooth:
+        share = tl.zeros(sums.d[COUNT].shape, tl.float32)
+        share_k = share
+        for k in tl.static_range(SPAN):
+            share += pixels.share[k]
+            share_k += k * pixels.share[k]
+        share_x = place * share + pace * share_k
+        new_d = new_d + (sums.d[COUNT] + share,)
+        new_x = new_x + (sums.x[COUNT] + share_x,)
+        new_y = new_y + (sums.y[COUNT] + y * share,)
+        new_xy = new_xy + (sums.xy[COUNT] + y * share_x,)
+    return Sums(new_d, new_x, new_y, new_xy)
+
+
+@triton.jit
+def store_sums(place, row, sums, weight, there, spans, a_row, first, C: tl.constexpr):
     """Σ (1 − y)·d of spans, for row `row` of sums that begin at `place`: what the left node gets and the right one."""
-    CHUNK: tl.constexpr = C.chunk
+    COUNT: tl.constexpr = C.chunk // C.groups
     CLASSES: tl.constexpr = C.classes
     alone = spans.left == spans.right
     # From class to class by a step: addresses that depend on no row a compiler keeps for all classes, or spills.
-    at = (row * (2 * CLASSES) + first) * a_row + spans.index
+    group = first + tl.arange(0, C.groups)[:, None]
+    at = (row * (2 * CLASSES) + group) * a_row + spans.index
     others = place + CLASSES * a_row
-    for i in tl.static_range(CHUNK):
+    for i in tl.static_range(COUNT):
+        c = group + i * C.groups
         both = sums.d[i] - sums.y[i]
         right = sums.x[i] - sums.xy[i]
+        if C.smooth:
+            v = class_weight(weight, c, CLASSES)
+            both -= v * (sums.d[COUNT] - sums.y[COUNT])
+            right -= v * (sums.x[COUNT] - sums.xy[COUNT])
         # Outside of the nodes there is one at one side alone, and nobody asks what the other would get.
         left = tl.where(alone, both, both - right)
         right = tl.where(alone, both, right)
-        inside = within_classes(there, first + i, CHUNK, CLASSES)
+        inside = within_classes(there, c, C.chunk, CLASSES)
         tl.store(place + at, left, mask=inside)
         tl.store(others + at, right, mask=inside)
-        at += a_row
+        at += a_row * C.groups
 
 
 @triton.jit
 def next_row(sums, whole, C: tl.constexpr):
     """The nodes below, which got Σ y·d, are those above the next row of cells. whole: they are already."""
-    CHUNK: tl.constexpr = C.chunk
+    COUNT: tl.constexpr = C.chunk // C.groups + C.smooth
     new_d = ()
     new_x = ()
-    for i in tl.static_range(CHUNK):
+    for i in tl.static_range(COUNT):
         new_d = new_d + (tl.where(whole, sums.d[i], sums.y[i]),)
         new_x = new_x + (tl.where(whole, sums.x[i], sums.xy[i]),)
-    none = zeros(CHUNK, C.lanes)
+    none = zeros(COUNT, C)
     return Sums(new_d, new_x, none, none)
 
 
@@ -165,34 +290,55 @@ def upsampled_gradient_kernel(task: Task, C: tl.constexpr):
     Writes  sums, each once.
     Bytes   9 read a pixel, 8·C·(1 + 1 / (rows of cells a strip)) written a span.
     """
-    CHUNK: tl.constexpr = C.chunk
+    LANES: tl.constexpr = C.lanes
+    COUNT: tl.constexpr = C.chunk // C.groups
     CLASSES: tl.constexpr = C.classes
+    WORDS: tl.constexpr = C.lanes * (4 * C.span + 1)
     grid = task.grid
-    first = tl.program_id(0) % task.chunks * CHUNK
+    first = tl.program_id(0) % task.chunks * C.chunk
     program = tl.program_id(0) // task.chunks
     image = (program // grid.programs).to(tl.int64)
-    spans = spans_of(program % grid.programs, grid, C)
-    nodes = task.nodes + image * CLASSES * (grid.rows.nodes * grid.columns.nodes)
-    width = grid.width * C.unit
+    lane = program % grid.programs * LANES + tl.arange(0, LANES)
+    tiles = spans_of(lane, grid, C)  # of pixels
+    spans = spans_of(lane[None, :], grid, C)  # of classes
+    plane = grid.rows.nodes * grid.columns.nodes
+    nodes = task.nodes + image * CLASSES * plane
     segment = image if C.per_image else image * 0
     weighting = segment_weights(task.scale, segment)
     a_row = (grid.columns.nodes - C.first_cell) * C.spans
     place = task.sums + image * (grid.rows.nodes + grid.strips) * (2 * CLASSES) * a_row
+    exchanged = task.exchanged + tl.program_id(0).to(tl.int64) * (2 * WORDS)
 
-    written = image * grid.rows.pixels * width
-    none = zeros(CHUNK, C.lanes)
+    written = image * grid.rows.pixels * (grid.width * C.unit)
+    none = zeros(COUNT + C.smooth, C)
     sums = Sums(none, none, none, none)
+    rows_done = 0
     for number in range(grid.height):
         cells = row_of_cells(number, spans, grid, C)
-        values = load_cells(nodes, cells, spans, grid, first, CHUNK, CLASSES)
-        for row_number in range(grid.rows.longest):
-            row = row_of_pixels(row_number, cells, spans, grid, C)
-            pixels = pixels_at(task, written, (row.y * width)[:, None] + row.x, row.there, weighting, C)
-            sums = add_row(sums, pixels, values, spans, row.place, task.weight, first, C)
+        rows = row_of_cells(number, tiles, grid, C)
+        values = load_cells(nodes, corners_of(cells, spans, grid), plane, first, COUNT, C.groups, CLASSES)
+        # There the pixels of a row are taken one by one, each as the only one of its row.
+        steep = tl.max(tl.max(values.steep, 1), 0) > STEEP
+        pace = tl.where(steep, 0.0, spans.pace)
+        for step in range(grid.rows.longest * tl.where(steep, C.span, 1)):
+            turn = tl.where(steep, step % C.span, -1)
+            row_number = tl.where(steep, step // C.span, step)
+            # Two places take turns, so that no thread writes what another one still reads.
+            here = exchanged + (rows_done % 2) * WORDS
+            rows_done += 1
+            row = row_of_pixels(row_number, rows, tiles, grid, C)
+            prepare_pixels(task, row, turn, written, here, weighting, C)
+            tl.debug_barrier()
+            pixels = pixels_at(here, C)
+            x = spans.place + tl.maximum(turn, 0) * spans.pace
+            y = cells.place + row_number * cells.pace
+            sums = add_labels(sums, pixels, y, x, pace, first, C)
+            sums = add_softmax(sums, pixels, values, y, x, pace, C)
         whole = (cells.above == cells.below) | (~cells.there)
-        store_sums(place, cells.above, sums, ~whole, spans, a_row, first, C)
+        store_sums(place, cells.above, sums, task.weight, ~whole, spans, a_row, first, C)
         sums = next_row(sums, whole, C)
-    store_sums(place, grid.rows.nodes + spans.strip, sums, spans.strip < grid.strips, spans, a_row, first, C)
+    last = grid.rows.nodes + spans.strip
+    store_sums(place, last, sums, task.weight, spans.strip < grid.strips, spans, a_row, first, C)
 
 
 class NodesTask(NamedTuple):
@@ -286,18 +432,25 @@ class Given(NamedTuple):
     smoothing: float
 
 
-def upsampled_gradient(given: Given, scale: Scale, sums: Tensor, way: Plan) -> None:
-    """Fill sums. weights: needed where way.constants.chunk is less than all classes. Launches: 1."""
+def exchange_shape(images: int, way: Plan) -> tuple[int, ...]:
+    """Of `Task.exchanged`."""
+    c = way.constants
+    return images * way.grid.programs * -(-c.classes // c.chunk), 2, c.lanes * (4 * c.span + 1)
+
+
+def upsampled_gradient(given: Given, scale: Scale, sums: Tensor, exchanged: Tensor, way: Plan) -> None:
+    """Fill sums. exchanged: room. weights: needed where way.constants.chunk is less than all classes. Launches: 1."""
     *tensors, weight, smoothing = given
     chunks = -(-way.constants.classes // way.constants.chunk)
-    task = Task(*tensors, scale, weight, sums, way.grid, smoothing, chunks)
+    task = Task(*tensors, scale, weight, sums, exchanged, way.grid, smoothing, chunks)
     constants = way.constants._replace(per_image=scale.segments > 1)
     launch(
         upsampled_gradient_kernel,
-        given.nodes.shape[0] * way.grid.programs * chunks,
+        exchanged.shape[0],
         (task,),
         (constants,),
         way.config.warps,
+        registers=way.config.registers,
     )
 
 

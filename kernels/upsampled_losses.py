@@ -15,20 +15,24 @@ from .softmax import class_weight, sum_of_weights
 from .upsampling import (
     BAD_NODE,
     LOWEST_NODE,
+    NO_PIXEL,
+    STEEP,
+    Corners,
     Grid,
     Plan,
     along_row,
+    corners_of,
     load_cells,
     row_of_cells,
     row_of_pixels,
-    side_by_side,
     spans_of,
+    sums_of_groups,
     zeros,
 )
 from .workspace import WORDS, no_statistics, poison, publish, tally
 
 SHALLOW = tl.constexpr(-100.0)
-"""Where a cell is nowhere deeper, the largest exponential of a pixel is a normal number: 2^-100 at least."""
+"""Where a cell is nowhere deeper, no exponential overflows that is taken relative to its depth."""
 INFINITE_LOSS = tl.constexpr(1e20)
 """From here on the label is a class that is as good as −inf at a node of the pixel."""
 
@@ -124,7 +128,7 @@ class Task(NamedTuple):
     labels: Tensor
     """(N, L), any integer type: a label inside [0, C)"""
     log_totals: Tensor
-    """(N, L) float32: log2 Σ_c 2^x_c of the interpolated nodes"""
+    """(N, L) float32: log2 Σ_c 2^x_c of the interpolated nodes; NO_PIXEL at a bad one"""
     workspace: Tensor
     """Zeroed by the caller."""
     grid: Grid
@@ -151,42 +155,56 @@ def interpolated(nodes, of_class, row, cells, spans, grid):
 
 
 @triton.jit
-def log_totals(nodes, values, row, cells, spans, grid, C: tl.constexpr):
-    """log2 Σ_c 2^x_c of the pixels of a row, (C.lanes, C.span).
+def log_totals(nodes, values, depth, row, corners, spans, plane, C: tl.constexpr):
+    """log2 Σ_c 2^x_c of the pixels of a row, (C.lanes, C.span): of shallow cells, and not steep ones.
 
-    values: the first C.chunk classes of the cells; if there are more, all are loaded again.
+    depth: of all classes, (C.lanes,). values: the first C.chunk classes of the cells; if there are more, all are loaded
+    again.
     """
     SPAN: tl.constexpr = C.span
     CHUNK: tl.constexpr = C.chunk
+    COUNT: tl.constexpr = C.chunk // C.groups
     CLASSES: tl.constexpr = C.classes
-    totals = zeros(SPAN, C.lanes)
+    totals = zeros(SPAN, C)
+    place, pace = spans.place[None, :], spans.pace[None, :]
+    y = row.place[None, :]
     for first in range(0, CLASSES, CHUNK):
         part = values
         if CHUNK < CLASSES:
-            part = load_cells(nodes, cells, spans, grid, first, CHUNK, CLASSES)
-        for i in tl.static_range(CHUNK):
-            left, across = along_row(part, row.place, i)
+            part = load_cells(nodes, corners, plane, first, COUNT, C.groups, CLASSES)
+        for i in tl.static_range(COUNT):
+            left, across = along_row(part, y, i)
+            x = tl.exp2((left - depth[None, :]) + place * across)
+            ratio = tl.exp2(pace * across)
             more = ()
             for k in tl.static_range(SPAN):
-                more = more + (totals[k] + tl.exp2(left + spans.places[k] * across),)
+                if k > 0:
+                    x *= ratio
+                more = more + (totals[k] + x,)
             totals = more
-    return tl.log2(side_by_side(totals, SPAN, SPAN))
+    return tl.log2(sums_of_groups(totals, C)) + depth[:, None]
 
 
 @triton.jit
-def deep_log_totals(nodes, row, cells, spans, grid, C: tl.constexpr):
-    """`log_totals` by way of the largest class of each pixel: where nodes are so sure of different classes that between
-    them all exponentials vanish. Class by class, twice: it is rare."""
+def value_of_class(nodes, c, row, corners, plane, C: tl.constexpr):
+    """Of the pixels of a row, (C.lanes, C.span)."""
+    LANES: tl.constexpr = C.lanes
+    left, across = along_row(load_cells(nodes, corners, plane, c, 1, 1, C.classes), row.place[None, :], 0)
+    return tl.reshape(left, [LANES, 1]) + row.x_place * tl.reshape(across, [LANES, 1])
+
+
+@triton.jit
+def deep_log_totals(nodes, row, corners, plane, C: tl.constexpr):
+    """`log_totals` of any cells, also where nodes are so sure of different classes that between them all exponentials
+    vanish, by way of the largest class of each pixel; +inf at a bad node. Class by class, twice: it is rare."""
     CLASSES: tl.constexpr = C.classes
     highest = row.x_place * 0.0 + LOWEST_NODE
     for c in range(CLASSES):
-        left, across = along_row(load_cells(nodes, cells, spans, grid, c, 1, CLASSES), row.place, 0)
-        highest = tl.maximum(highest, left[:, None] + row.x_place * across[:, None])
+        highest = tl.maximum(highest, value_of_class(nodes, c, row, corners, plane, C))
     total = row.x_place * 0.0
     for c in range(CLASSES):
-        left, across = along_row(load_cells(nodes, cells, spans, grid, c, 1, CLASSES), row.place, 0)
-        total += tl.exp2((left[:, None] + row.x_place * across[:, None]) - highest)
-    return tl.log2(total) + highest
+        total += tl.exp2(value_of_class(nodes, c, row, corners, plane, C) - highest)
+    return tl.where(highest > INFINITE_LOSS, float("inf"), tl.log2(total) + highest)
 
 
 @triton.jit
@@ -200,11 +218,12 @@ def upsampled_losses_kernel(task: Task, C: tl.constexpr):
     LANES: tl.constexpr = C.lanes
     SPAN: tl.constexpr = C.span
     CHUNK: tl.constexpr = C.chunk
+    COUNT: tl.constexpr = C.chunk // C.groups
     CLASSES: tl.constexpr = C.classes
     TARGET_UNIT: tl.constexpr = C.unit if C.adjacent else 1
     grid = task.grid
     image = (tl.program_id(0) // grid.programs).to(tl.int64)
-    spans = spans_of(tl.program_id(0) % grid.programs, grid, C)
+    spans = spans_of(tl.program_id(0) % grid.programs * LANES + tl.arange(0, LANES), grid, C)
     plane = grid.rows.nodes * grid.columns.nodes
     nodes = task.nodes + image * CLASSES * plane
     width = grid.width * C.unit
@@ -217,12 +236,16 @@ def upsampled_losses_kernel(task: Task, C: tl.constexpr):
 
     for number in range(grid.height):
         cells = row_of_cells(number, spans, grid, C)
-        values = load_cells(nodes, cells, spans, grid, 0, CHUNK, CLASSES)
-        depth = values.depth
+        corners = corners_of(cells, spans, grid)
+        corners = Corners(corners.upper[None, :], corners.lower[None, :], corners.right[None, :])
+        values = load_cells(nodes, corners, plane, 0, COUNT, C.groups, CLASSES)
+        depth, steep = values.depth, values.steep
         for first in range(CHUNK, CLASSES, CHUNK):
-            others = load_cells(nodes, cells, spans, grid, first, CHUNK, CLASSES)
+            others = load_cells(nodes, corners, plane, first, COUNT, C.groups, CLASSES)
             depth = tl.maximum(depth, others.depth)
-        deep = tl.min(depth, 0) < SHALLOW
+            steep = tl.maximum(steep, others.steep)
+        depth = tl.max(depth, 0)
+        deep = (tl.min(depth, 0) < SHALLOW) | (tl.max(tl.max(steep, 0), 0) > STEEP)
         for row_number in range(grid.rows.longest):
             row = row_of_pixels(row_number, cells, spans, grid, C)
             columns = row.x
@@ -235,9 +258,9 @@ def upsampled_losses_kernel(task: Task, C: tl.constexpr):
             label = tl.where(good, label, 0).to(tl.int32)
             x_label = interpolated(nodes, label * plane, row, cells, spans, grid)
             if deep:
-                log_total = deep_log_totals(nodes, row, cells, spans, grid, C)
+                log_total = deep_log_totals(nodes, row, corners, plane, C)
             else:
-                log_total = log_totals(nodes, values, row, cells, spans, grid, C)
+                log_total = log_totals(nodes, values, depth, row, corners, spans, plane, C)
 
             loss = tl.maximum((log_total - x_label) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
             if task.weight is not None:
@@ -252,7 +275,7 @@ def upsampled_losses_kernel(task: Task, C: tl.constexpr):
             place = (row.y * width)[:, None] + row.x
             tl.store(task.losses + written + place, loss, mask=row.there)
             tl.store(task.labels + written + place, label.to(task.labels.dtype.element_ty), mask=row.there)
-            tl.store(task.log_totals + written + place, log_total, mask=row.there)
+            tl.store(task.log_totals + written + place, tl.minimum(log_total, NO_PIXEL), mask=row.there)
             loss = tl.reshape(loss, [LANES * SPAN], can_reorder=True)
             statistics = tally(statistics, loss, loss != -1.0)
 
@@ -308,4 +331,4 @@ def upsampled_losses(inputs: Inputs, buffers: Buffers, way: Plan) -> None:
     )
     programs = nodes.shape[0] * way.grid.programs
     constants = way.constants._replace(per_image=buffers.workspace.numel() > WORDS.value + 1)
-    launch(upsampled_losses_kernel, programs, (task,), (constants,), way.config.warps)
+    launch(upsampled_losses_kernel, programs, (task,), (constants,), way.config.warps, registers=way.config.registers)

@@ -6,6 +6,13 @@ these four. A thread has a span: up to C.span pixels side by side in one cell, i
 A softmax does not change when all classes of a pixel move alike, and what is added to all classes of a node moves those
 of its pixels alike. So nodes are kept relative to their largest class: an interpolated logit is then at most 0, and its
 exponential needs no maximum of its own.
+
+Classes are taken C.groups at a time, side by side: of a chunk of classes, (C.groups, C.lanes) tensors hold the i-th of
+every group, class first + i·C.groups + group. Warps share the groups of a span, so that the registers of a thread hold
+its part of all classes, and a compiler sees each operation once, not once a class.
+
+The pixels of a span lie at equal distances, and along a row of pixels a class is a straight line. So its exponentials
+are a geometric progression: two of them are computed, the others are products.
 """
 
 import functools
@@ -23,7 +30,12 @@ from .logits import within_classes
 LOWEST_NODE = tl.constexpr(-1e30)
 """What a class below it counts as, −inf included: 0·(−inf) would be NaN."""
 BAD_NODE = tl.constexpr(1e30)
-"""All classes of a node with NaN or +inf: the exponentials of the pixels it touches overflow, of no others."""
+"""All classes of a node with NaN or +inf: the pixels it touches are far above 0, no others are."""
+NO_PIXEL = tl.constexpr(1e35)
+"""log2 Σ 2^x of what is no pixel: no exponential relative to it is above 0."""
+STEEP = tl.constexpr(80.0)
+"""Where no class changes by more from node to node along a row, no exponential of a progression gets lost or too large
+that counts: one below 2^-126 at the first pixel is below 2^-46 at all of them."""
 
 
 class Steps(NamedTuple):
@@ -44,7 +56,9 @@ class Constants(NamedTuple):
 
     classes: int
     chunk: int
-    """Classes at a time."""
+    """Classes at a time, a multiple of groups; there may be less."""
+    groups: int
+    """A power of two."""
     lanes: int
     """Spans a program."""
     span: int
@@ -104,8 +118,10 @@ class Spans(NamedTuple):
     first: Any
     """Pixels; those below 0 are none."""
     end: Any
-    places: Any
-    """Of the pixels between left and right, from 0 to 1: a tuple of C.span."""
+    place: Any
+    """Of the first pixel between left and right, from 0 to 1."""
+    pace: Any
+    """From there to the next."""
 
 
 class RowOfCells(NamedTuple):
@@ -118,18 +134,34 @@ class RowOfCells(NamedTuple):
     first: Any
     """Rows of pixels, as in `Spans`."""
     end: Any
+    place: Any
+    """Of the first row between above and below."""
+    pace: Any
+
+
+class Corners(NamedTuple):
+    """Where the nodes of spans are in those of a class."""
+
+    upper: Any
+    """Above and left."""
+    lower: Any
+    """Below and left."""
+    right: Any
+    """From left to right: 1, or 0 outside of the nodes."""
 
 
 class Cells(NamedTuple):
-    """Some classes of the cells of spans: the value at (x, y) is base + x·across + y·(down + x·both)."""
+    """A chunk of classes of the cells of spans: the value at (x, y) is base + x·across + y·(down + x·both)."""
 
     base: Any
-    """A tuple, an entry a class, as the others."""
+    """A tuple of (C.groups, C.lanes) tensors, as the others."""
     across: Any
     down: Any
     both: Any
     depth: Any
-    """No pixel's largest class is below it."""
+    """No pixel's largest class is below it, (C.groups, C.lanes)."""
+    steep: Any
+    """By how much a class changes along a row, at most, (C.groups, C.lanes)."""
 
 
 @triton.jit
@@ -152,33 +184,37 @@ def pixels_of_cell(cell, along, STEPS: tl.constexpr):
 
 
 @triton.jit
-def place_of(pixel, cell, along):
-    """Of a pixel in its cell, from 0 to 1: exact but for one rounding."""
-    numerator = along.slope * pixel + along.offset - along.denominator * cell.to(tl.int64)
-    return numerator.to(tl.float32) / along.denominator.to(tl.float32)
+def places(pixel, cell, along, STEPS: tl.constexpr):
+    """Of a pixel in its cell, from 0 to 1 and exact but for one rounding, and from there to the next."""
+    if STEPS.pixels:
+        place = tl.zeros(pixel.shape, tl.float32) + STEPS.place
+        pace = tl.zeros(pixel.shape, tl.float32) + STEPS.pace
+    else:
+        numerator = along.slope * pixel + along.offset - along.denominator * cell.to(tl.int64)
+        denominator = along.denominator.to(tl.float32)
+        place = numerator.to(tl.float32) / denominator
+        pace = tl.zeros(pixel.shape, tl.float32) + along.slope.to(tl.float32) / denominator
+    return place, pace
 
 
 @triton.jit
-def spans_of(program, grid, C: tl.constexpr):
-    """The spans of a program (of those of an image)."""
-    LANES: tl.constexpr = C.lanes
+def spans_of(lane, grid, C: tl.constexpr):
+    """The spans of lanes, counted in an image."""
     SPAN: tl.constexpr = C.span
     columns = grid.columns
     a_row = (columns.nodes - C.first_cell) * C.spans
-    lane = program * LANES + tl.arange(0, LANES)
     index = lane % a_row
     cell = index // C.spans + C.first_cell
     first, end = pixels_of_cell(cell, columns, C.along)
-    first += index % C.spans * SPAN
     last = columns.nodes - 1
     left = tl.minimum(tl.maximum(cell, 0), last)
-    places = ()
-    for k in tl.static_range(SPAN):
-        if C.along.pixels and C.spans == 1:
-            places = places + (C.along.place + k * C.along.pace,)
-        else:
-            places = places + (place_of(first + k, left, columns),)
-    return Spans(lane // a_row, index, left, tl.minimum(cell + 1, last), first, end, places)
+    # Outside of the nodes, where `left` is not the cell, every place will do.
+    place, pace = places(first, left, columns, C.along)
+    if C.spans > 1:
+        before = index % C.spans * SPAN
+        first += before
+        place += before.to(tl.float32) * pace
+    return Spans(lane // a_row, index, left, tl.minimum(cell + 1, last), first, end, place, pace)
 
 
 @triton.jit
@@ -187,7 +223,16 @@ def row_of_cells(number, spans, grid, C: tl.constexpr):
     cell = spans.strip * grid.height + number + C.first_cell
     first, end = pixels_of_cell(cell, grid.rows, C.down)
     last = grid.rows.nodes - 1
-    return RowOfCells(cell <= last, tl.minimum(tl.maximum(cell, 0), last), tl.minimum(cell + 1, last), first, end)
+    above = tl.minimum(tl.maximum(cell, 0), last)
+    place, pace = places(first, above, grid.rows, C.down)
+    return RowOfCells(cell <= last, above, tl.minimum(cell + 1, last), first, end, place, pace)
+
+
+@triton.jit
+def corners_of(cells, spans, grid):
+    """Of the cells that spans are in."""
+    width = grid.columns.nodes
+    return Corners(cells.above * width + spans.left, cells.below * width + spans.left, spans.right - spans.left)
 
 
 class Row(NamedTuple):
@@ -205,110 +250,90 @@ class Row(NamedTuple):
 
 
 @triton.jit
-def row_of_pixels(number, cells, spans, grid, C: tl.constexpr):
-    """Row `number` of pixels in a row of cells."""
-    SPAN: tl.constexpr = C.span
-    column = tl.arange(0, SPAN)[None, :]
-    y = cells.first + number
-    x = spans.first[:, None] + column
+def within_span(k, index, first, end, grid, C: tl.constexpr):
+    """Whether pixel k of spans, whose index, first and end are given, is one of theirs."""
+    x = first + k
     there = (x >= 0) & (x < grid.width * C.unit)
     if C.along.pixels:
-        if C.along.pixels % SPAN:  # the last span of a cell is not full
-            there = there & ((spans.index % C.spans * SPAN)[:, None] + column < C.along.pixels)
+        if C.along.pixels % C.span:  # the last span of a cell is not full
+            there = there & (index % C.spans * C.span + k < C.along.pixels)
     else:
-        there = there & (x < spans.end[:, None])
-    there = there & (cells.there & (y >= 0) & (y < cells.end))[:, None]
-    # Outside of the nodes, where `above` and `left` are not the cell, every place will do.
-    if C.down.pixels:
-        place = tl.zeros(y.shape, tl.float32) + (C.down.place + number * C.down.pace)
-    else:
-        place = place_of(y, cells.above, grid.rows)
-    if C.along.pixels and C.spans == 1:
-        x_place = tl.zeros(x.shape, tl.float32) + (C.along.place + column * C.along.pace)
-    else:
-        x_place = place_of(x, spans.left[:, None], grid.columns)
-    return Row(y, place, x, x_place, there)
+        there = there & (x < end)
+    return there
 
 
 @triton.jit
-def load_cells(nodes, cells, spans, grid, first, COUNT: tl.constexpr, CLASSES: tl.constexpr):
-    """COUNT classes from class `first` on; those past the last one are as low as can be. nodes: of an image."""
-    width = grid.columns.nodes
-    plane = grid.rows.nodes * width
+def row_of_pixels(number, cells, spans, grid, C: tl.constexpr):
+    """Row `number` of pixels in a row of cells."""
+    column = tl.arange(0, C.span)[None, :]
+    y = cells.first + number
+    first = spans.first[:, None]
+    there = within_span(column, spans.index[:, None], first, spans.end[:, None], grid, C)
+    there = there & (cells.there & (y >= 0) & (y < cells.end))[:, None]
+    x_place = spans.place[:, None] + column.to(tl.float32) * spans.pace[:, None]
+    return Row(y, cells.place + number * cells.pace, first + column, x_place, there)
+
+
+@triton.jit
+def load_cells(nodes, corners, plane, first, COUNT: tl.constexpr, GROUPS: tl.constexpr, CLASSES: tl.constexpr):
+    """COUNT · GROUPS classes from class `first` on of the nodes of an image; past the last one: as low as can be."""
+    group = first + tl.arange(0, GROUPS)[:, None]
     # From class to class by a step: addresses that depend on no row a compiler keeps for all classes, or spills.
-    upper = first * plane + cells.above * width
-    lower = first * plane + cells.below * width
+    upper = group * plane + corners.upper
+    lower = group * plane + corners.lower
     base = ()
     across = ()
     down = ()
     both = ()
-    depth = tl.zeros(spans.left.shape, tl.float32) + LOWEST_NODE
-    everywhere = spans.index >= 0
+    depth = tl.zeros(upper.shape, tl.float32) + LOWEST_NODE
+    steep = tl.zeros(upper.shape, tl.float32)
     for i in tl.static_range(COUNT):
-        there = within_classes(everywhere, first + i, COUNT, CLASSES)
-        a = tl.load(nodes + (upper + spans.left), mask=there, other=LOWEST_NODE)
-        b = tl.load(nodes + (upper + spans.right), mask=there, other=LOWEST_NODE)
-        c = tl.load(nodes + (lower + spans.left), mask=there, other=LOWEST_NODE)
-        d = tl.load(nodes + (lower + spans.right), mask=there, other=LOWEST_NODE)
-        upper += plane
-        lower += plane
+        there = within_classes(corners.right >= 0, group + i * GROUPS, COUNT * GROUPS, CLASSES)
+        a = tl.load(nodes + upper, mask=there, other=LOWEST_NODE)
+        b = tl.load(nodes + (upper + corners.right), mask=there, other=LOWEST_NODE)
+        c = tl.load(nodes + lower, mask=there, other=LOWEST_NODE)
+        d = tl.load(nodes + (lower + corners.right), mask=there, other=LOWEST_NODE)
+        upper += plane * GROUPS
+        lower += plane * GROUPS
         depth = tl.maximum(depth, tl.minimum(tl.minimum(a, b), tl.minimum(c, d)))
+        steep = tl.maximum(steep, tl.maximum(tl.abs(b - a), tl.abs(d - c)))
         base = base + (a,)
         across = across + (b - a,)
         down = down + (c - a,)
         both = both + ((d - c) - (b - a),)
-    return Cells(base, across, down, both, depth)
+    return Cells(base, across, down, both, depth, steep)
 
 
 @triton.jit
 def along_row(cells, y, i: tl.constexpr):
-    """Class i along a row of pixels: its value at the left, and the difference to the right."""
+    """The i-th classes along a row of pixels: its value at the left, and the difference to the right."""
     return cells.base[i] + y * cells.down[i], cells.across[i] + y * cells.both[i]
 
 
 @triton.jit
-def zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """A tuple of COUNT float32 vectors (BLOCK,)."""
+def zeros(COUNT: tl.constexpr, C: tl.constexpr):
+    """A tuple of COUNT float32 tensors (C.groups, C.lanes)."""
+    GROUPS: tl.constexpr = C.groups
+    LANES: tl.constexpr = C.lanes
     xs = ()
     for _ in tl.static_range(COUNT):
-        xs = xs + (tl.zeros([BLOCK], tl.float32),)
+        xs = xs + (tl.zeros([GROUPS, LANES], tl.float32),)
     return xs
 
 
 @triton.jit
-def side_by_side(xs, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """A tile (BLOCK, WIDTH) of COUNT vectors (BLOCK,), which its store puts side by side by way of shared memory.
-
-    WIDTH is a power of two; the last columns repeat the last vector.
-    """
-    for _ in tl.static_range(COUNT, WIDTH):
-        xs = xs + (xs[COUNT - 1],)
+def sums_of_groups(xs, C: tl.constexpr):
+    """A tile (C.lanes, C.span) of a tuple of C.span tensors (C.groups, C.lanes), added up over the groups."""
+    GROUPS: tl.constexpr = C.groups
+    LANES: tl.constexpr = C.lanes
+    WIDTH: tl.constexpr = C.span
     # A join adds the lowest digit of the number of a column, so the highest one is joined first.
     for level in tl.static_range(1, WIDTH.bit_length()):
         halves = ()
         for i in tl.static_range(WIDTH >> level):
             halves = halves + (tl.join(xs[i], xs[i + (WIDTH >> level)]),)
         xs = halves
-    return tl.reshape(xs[0], [xs[0].shape[0], WIDTH])
-
-
-@triton.jit
-def apart(tile, WIDTH: tl.constexpr):
-    """The columns of a tile (BLOCK, WIDTH), WIDTH vectors (BLOCK,): what `side_by_side` made of them."""
-    BLOCK: tl.constexpr = tile.shape[0]
-    xs = (tile,)
-    for level in tl.static_range(1, WIDTH.bit_length()):
-        low = ()
-        high = ()
-        for i in tl.static_range(1 << (level - 1)):
-            even, odd = tl.split(tl.reshape(xs[i], [BLOCK, WIDTH >> level, 2]))
-            low = low + (even,)
-            high = high + (odd,)
-        xs = low + high
-    columns = ()
-    for i in tl.static_range(WIDTH):
-        columns = columns + (tl.reshape(xs[i], [BLOCK]),)
-    return columns
+    return tl.sum(tl.reshape(xs[0], [GROUPS, LANES, WIDTH]), 0)
 
 
 class Plan(NamedTuple):
@@ -347,6 +372,8 @@ def _plan(
 ) -> Plan:
     images, classes, *nodes = shape
     rows, columns = (axis(n, pixels, align_corners) for n, pixels in zip(nodes, size, strict=True))
+    groups = min(config.groups, 1 << (classes - 1).bit_length())
+    chunks = -(-classes // config.chunk)
     span = min(config.span, 1 << (columns.longest_cell - 1).bit_length())
     spans = -(-columns.longest_cell // span)
     a_row = columns.cells * spans
@@ -360,7 +387,8 @@ def _plan(
         Grid(_along(rows), _along(columns), size[1] // unit, strips, height, -(-strips * a_row // config.lanes)),
         Constants(
             classes,
-            classes if classes <= config.whole else config.chunk,
+            groups * -(-classes // (groups * chunks)),
+            groups,
             config.lanes,
             span,
             spans,
