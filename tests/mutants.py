@@ -520,7 +520,7 @@ MUTANTS = (
     ),
     Mutant(
         "kernels/upsampled_losses.py",
-        "deep = tl.min(depth, 0) < SHALLOW",
+        "deep = (tl.min(depth, 0) < SHALLOW) | (tl.max(tl.max(steep, 0), 0) > STEEP)",
         "deep = tl.min(depth, 0) < LOWEST_NODE",
         UPSAMPLED_DEEP,
         "upsampled: all exponentials vanish between sure nodes",
@@ -548,10 +548,24 @@ MUTANTS = (
     ),
     Mutant(
         "kernels/upsampled_gradient.py",
-        "new_y = new_y + (sums.y[i] + y * total,)",
-        "new_y = new_y + (sums.y[i] + (1 - y) * total,)",
+        "below = y * x",
+        "below = (1 - y) * x",
         UPSAMPLED,
         "upsampled: upper and lower nodes change places",
+    ),
+    Mutant(
+        "kernels/upsampled_gradient.py",
+        "steep = tl.max(tl.max(values.steep, 1), 0) > STEEP",
+        "steep = tl.max(tl.max(values.steep, 1), 0) < 0",
+        UPSAMPLED_DEEP,
+        "upsampled: a progression too steep for float32",
+    ),
+    Mutant(
+        "kernels/upsampled_gradient.py",
+        "tl.where(pixels.hit[k] != 0.0, 1 << (c // C.groups & 31), 0)",
+        "tl.where(pixels.hit[k] != 0.0, 1 << (c // C.groups & 3), 0)",
+        "tests/test_upsampling.py -k 'test_options and triton-33-options0'",
+        "upsampled: a label is left out",
     ),
 )
 NOT_WITHOUT_A_GPU = (

@@ -217,11 +217,14 @@ def test_translation(rng, backend, device, shift):
     assert torch.equal(*grads)
 
 
-def test_neighbours_sure_of_different_classes(rng, backend, device):
+@pytest.mark.parametrize("difference", [50.0, 3000.0])
+@pytest.mark.parametrize("along", [2, 3])
+def test_neighbours_sure_of_different_classes(rng, backend, device, along, difference):
     """Between them every exponential relative to their largest classes is 0, and the softmax is none the less right."""
     logits, target = small_and_target((4, 4), (16, 16), 3, device, scale=1.0)
-    logits[:, 0, ::2] += 3000.0
-    logits[:, 1, 1::2] += 3000.0
+    moved = logits.movedim(along, -1)
+    moved[:, 0, ..., ::2] += difference
+    moved[:, 1, ..., 1::2] += difference
     compare(logits, target, backend, rtol=2e-4)
 
 
