@@ -101,6 +101,7 @@ def everything(rank, world, group):
     if world == 2:
         for backend in ("eager", "triton") if settings.has_triton() else ("eager",):
             results["compiled", backend] = compiled(rank, group, backend)
+            results["upsampled", backend] = upsampled(*(shares(x, world)[rank] for x in coarse()), backend, group)
     return results
 
 
@@ -132,6 +133,21 @@ def compiled(rank, group, backend):
         )
 
     loss = torch.compile(step, fullgraph=True, backend="aot_eager")(x, shares(target, 2)[rank])
+    loss.backward()
+    return loss.detach(), x.grad
+
+
+def coarse():
+    """Logits, and labels of a higher resolution."""
+    torch.manual_seed(1)
+    return torch.randn(7, 5, 3, 4), torch.randint(-1, 5, (7, 24, 29))
+
+
+def upsampled(logits, target, backend, group=None):
+    """Loss and gradient where the upsampling is fused in."""
+    x = logits.clone().requires_grad_()
+    options = {"ignore_index": -1, "label_smoothing": 0.1, "scope": "batch", "group": group, "backend": backend}
+    loss = lmp_triton.upsampled_loss_max_pooling(x, target, **options)
     loss.backward()
     return loss.detach(), x.grad
 
@@ -229,6 +245,13 @@ def test_as_one_process(tmp_path, world):
                     loss, grad = r["compiled", backend]
                     torch.testing.assert_close(loss, r["plain", "eager"]["loss"][0], rtol=2e-6, atol=0)
                     torch.testing.assert_close(3 * grad, r["plain", "eager"]["grad"], rtol=1e-4, atol=1e-7)
+        for backend in ("eager", "triton") if settings.has_triton() else ("eager",):
+            with naming(f"upsampled, {backend}"):
+                losses, grads = zip(*(r["upsampled", backend] for r in ranks), strict=True)
+                expected, grad = upsampled(*coarse(), backend)
+                assert torch.equal(*losses)
+                torch.testing.assert_close(losses[0], expected, rtol=1e-6, atol=0)
+                torch.testing.assert_close(torch.cat(grads), grad, rtol=1e-5, atol=1e-5 * grad.abs().max().item())
 
 
 @pytest.mark.slow
