@@ -55,9 +55,10 @@ def launch(
     """Launch `grid` programs of `kernel` on the current device, where its tensors are.
 
     Triton looks at every argument of every launch, to find what it compiled for the like: about 20 µs. What is compiled
-    here depends on the constants, the types of the tensors and whether they are aligned to 16 bytes, and on nothing
-    else: that is the key. A launch then goes through `CompiledKernel.__getitem__`, which is public and runs the hooks
-    of profilers; settings of Triton that change how it compiles count for what is compiled after them.
+    here depends on the constants, warps, registers and the way to launch, the types of the tensors and whether they are
+    aligned to 16 bytes, and on nothing else: that is the key. A launch then goes through
+    `CompiledKernel.__getitem__`, which is public and runs the hooks of profilers; settings of Triton that change how it
+    compiles count for what is compiled after them.
 
     Args:
         arguments, constants: of the kernel, in this order.
@@ -108,7 +109,7 @@ def _ready(
     registers: int | None = None,
 ) -> Any | None:
     """What was compiled for the like of these arguments, compiled now if need be; None in the interpreter."""
-    key = [kernel, constants, warps, cooperative]
+    key = [kernel, constants, warps, cooperative, registers]
     _describe(arguments, key)
     compiled = _compiled.get(tuple(key))
     if compiled is None and isinstance(kernel, triton.JITFunction):

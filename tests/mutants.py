@@ -424,8 +424,8 @@ MUTANTS = (
     ),
     Mutant(
         "kernels/launch.py",
-        "key = [kernel, constants, warps, cooperative]\n",
-        "key = [kernel, constants, warps]\n",
+        "key = [kernel, constants, warps, cooperative, registers]\n",
+        "key = [kernel, constants, warps, registers]\n",
         KEY,
         "a compiled kernel's key without the way to launch",
     ),
@@ -438,8 +438,8 @@ MUTANTS = (
     ),
     Mutant(
         "kernels/launch.py",
-        "key = [kernel, constants, warps, cooperative]",
-        "key = [kernel, warps, cooperative]",
+        "key = [kernel, constants, warps, cooperative, registers]",
+        "key = [kernel, warps, cooperative, registers]",
         KEY,
         "a compiled kernel's key without the constants",
     ),
@@ -502,6 +502,13 @@ MUTANTS = (
         "scale = (valid >= 0).to(wide) / valid.numel()",
         EAGER_IGNORED,
         "eager: empty segments count in the mean",
+    ),
+    Mutant(
+        "kernels/launch.py",
+        "key = [kernel, constants, warps, cooperative, registers]",
+        "key = [kernel, constants, warps, cooperative]",
+        KEY,
+        "a compiled kernel's key without the registers",
     ),
     # Upsampled
     Mutant(

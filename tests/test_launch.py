@@ -166,7 +166,7 @@ def test_a_wait_is_for_the_phase_before_it(rng, monkeypatch, device):
 
 
 def test_what_is_compiled_anew(monkeypatch):
-    """For other types, alignments, constants, warps and ways to launch, and for nothing else."""
+    """For other types, alignments, constants, warps, registers and ways to launch, and for nothing else."""
     from lmp_triton.kernels import launch
 
     compiled = []
@@ -175,13 +175,13 @@ def test_what_is_compiled_anew(monkeypatch):
     monkeypatch.setattr(launch.triton, "JITFunction", object)  # whatever is launched counts as a kernel
     x = torch.zeros(64)
 
-    def number_of(tensor, number=1, constants=(128,), warps=4, cooperative=False):
-        return launch._ready("kernel", ((tensor, None, number),), constants, warps, cooperative)
+    def number_of(tensor, number=1, constants=(128,), warps=4, cooperative=False, registers=None):
+        return launch._ready("kernel", ((tensor, None, number),), constants, warps, cooperative, registers)
 
     assert number_of(x) == number_of(x[4:], 16) == number_of(x[:1], -5) == 1
     others = number_of(x[1:]), number_of(x.double()), number_of(None), number_of(x, constants=(256,))
     others += number_of(x, warps=8), number_of(x, cooperative=True), launch._ready("another", ((x, None, 1),), (), 4, 0)
-    assert others == tuple(range(2, 9))
+    assert (*others, number_of(x, registers=255)) == tuple(range(2, 10))
 
 
 def test_what_is_handed_on(monkeypatch):
