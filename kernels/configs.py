@@ -145,7 +145,7 @@ AMPERE = Table(
         PixelVectors(up_to=32, chunk=32, block=512, warps=4, per_multiprocessor=8),
         PixelVectors(up_to=MAX_CLASSES, chunk=10, block=512, warps=4, per_multiprocessor=8),
     ),
-    rows=ClassRows(above=32, block=128, elements=1024, wide_elements=4096, warps=4, per_multiprocessor=8),
+    rows=ClassRows(above=32, block=256, elements=2048, wide_elements=8192, warps=8, per_multiprocessor=8),
     stream=StreamConfig(block=1024, warps=4, per_multiprocessor=8),
     select=SelectConfig(
         block=1024,
@@ -246,6 +246,11 @@ def row_config(table: Table, classes: int, unit: int, itemsize: int) -> LogitsCo
 def passes_for(length: int, config: SelectConfig) -> int:
     """How many passes narrow the bracket of segments of `length` losses."""
     return sum(length > longest for longest in config.passes)
+
+
+def neighbours(unit: int, config: SelectConfig | LogitsConfig) -> int:
+    """How many losses of a tile that lie side by side a thread has, in segments whose length `unit` divides."""
+    return max(1, min(unit, config.block // (32 * config.warps)))
 
 
 def solver_for(length: int, solver: str, config: SortConfig) -> str:

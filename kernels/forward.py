@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cross_entropy, select
-from .configs import Table, passes_for, programs_a_row
+from .configs import Table, neighbours, passes_for, programs_a_row
 from .cross_entropy import write_losses
 from .launch import TooLarge, launch, resident_programs
 from .layout import unit_of
@@ -53,9 +53,9 @@ def losses_and_solution(
     length, passes = losses.shape[1], passes_for(losses.shape[1], table.select)
     device = inputs.logits.device
     way = cross_entropy.walk_of(inputs, buffers, table)
-    block, solve_block = way.config.block, table.forward_solve_block
-    power = power_for(parameters, table.select.approximation)
-    solve = select.Constants(unit_of(length), passes, 0, passes + 1, True, reduction, power, block, solve_block)
+    unit, power = unit_of(length), power_for(parameters, table.select.approximation)
+    tiles = (way.config.block, neighbours(unit, way.config), table.forward_solve_block)
+    solve = select.Constants(unit, passes, 0, passes + 1, True, reduction, power, *tiles)
     constants = (way.constants, solve)
 
     def tasks(programs: int) -> tuple[cross_entropy.Task, select.Task]:

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bracket import THRESHOLDS, End, fine_shift, finer_bracket, first_bracket, narrow, propose
-from .configs import SelectConfig, fraction_bits, passes_for, programs_a_row
+from .configs import SelectConfig, fraction_bits, neighbours, passes_for, programs_a_row
 from .launch import TooLarge, launch, resident_programs, wait_for_launch_before
 from .layout import unit_of
 from .numerics import bits_float, float_bits, from_fixed, normaliser, power, to_fixed
@@ -79,6 +79,8 @@ class Constants(NamedTuple):
     power: str
     """POWER of `numerics.power`."""
     block: int
+    neighbours: int
+    """So many losses of a tile that lie side by side are a thread's."""
     solve_block: int
 
 
@@ -133,6 +135,12 @@ def heaviest(candidates, pivot, norm, fraction_bits, BLOCK: tl.constexpr):
     return tl.sum(total, 0), tl.sum(ties, 0).to(tl.int64)
 
 
+@triton.jit
+def thread_sums(x, COUNT: tl.constexpr):
+    """Of COUNT neighbours each, which a thread has: from tile to tile it keeps their sum, and not every one of them."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // COUNT, COUNT]), 1)
+
+
 class Bracket(NamedTuple):
     """(lo, hi] as bit patterns, and how many losses it holds at most."""
 
@@ -167,6 +175,7 @@ def narrow_bracket(share, segment, bracket, capacity, flag, PASS: tl.constexpr, 
     """
     WAIT: tl.constexpr = C.wait
     BLOCK: tl.constexpr = C.block
+    NEIGHBOURS: tl.constexpr = C.neighbours
     POWER: tl.constexpr = C.power
     here = segment.here
     lo, hi, inside = bracket.lo, bracket.hi, bracket.inside
@@ -176,16 +185,16 @@ def narrow_bracket(share, segment, bracket, capacity, flag, PASS: tl.constexpr, 
     else:
         low = bits_float(tl.maximum(lo, 1))
         shift = fine_shift(lo, hi)
-        below = tl.zeros([BLOCK], tl.int64)
-        above = tl.zeros([BLOCK], tl.int32)
+        below = tl.zeros([BLOCK // NEIGHBOURS], tl.int64)
+        above = tl.zeros([BLOCK // NEIGHBOURS], tl.int32)
         histogram = tl.zeros([FINE_BINS], tl.int32)
         for tile in range(share.program, tl.cdiv(share.length, BLOCK), share.programs):
             index = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
             x = tl.load(share.losses + index, mask=index < share.length, other=-1.0)
             bits = float_bits(x)
             x = tl.where((bits > 0) & (bits <= lo), x, 0.0)
-            below += to_fixed(power(x, low, segment.q32, POWER), segment.fraction_bits)
-            above += (bits > hi).to(tl.int32)
+            below += thread_sums(to_fixed(power(x, low, segment.q32, POWER), segment.fraction_bits), NEIGHBOURS)
+            above += thread_sums((bits > hi).to(tl.int32), NEIGHBOURS)
             in_bracket = (bits > lo) & (bits <= hi)
             histogram += tl.histogram(tl.where(in_bracket, (bits - lo - 1) >> shift, 0), FINE_BINS, mask=in_bracket)
         bins = tl.arange(0, FINE_BINS)
@@ -219,6 +228,7 @@ def narrow_bracket(share, segment, bracket, capacity, flag, PASS: tl.constexpr, 
 def collect_and_solve(share, segment, bracket, task, C: tl.constexpr):
     """List the losses in the bracket of a segment and add up the others; the program that ends last solves."""
     BLOCK: tl.constexpr = C.block
+    NEIGHBOURS: tl.constexpr = C.neighbours
     SOLVE_BLOCK: tl.constexpr = C.solve_block
     here = segment.here
     capacity = task.capacity
@@ -231,9 +241,9 @@ def collect_and_solve(share, segment, bracket, task, C: tl.constexpr):
     low = bits_float(tl.maximum(bracket_lo, 1))
     quarter = 0.25 * norm  # heavy losses are below 2 where they are normalised
 
-    total = tl.zeros([BLOCK], tl.int64)
-    above = tl.zeros([BLOCK], tl.int32)
-    above_sum = tl.zeros([BLOCK], tl.int64)
+    total = tl.zeros([BLOCK // NEIGHBOURS], tl.int64)
+    above = tl.zeros([BLOCK // NEIGHBOURS], tl.int32)
+    above_sum = tl.zeros([BLOCK // NEIGHBOURS], tl.int64)
     for tile in range(share.program, tl.cdiv(share.length, BLOCK), share.programs):
         index = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(share.losses + index, mask=index < share.length, other=-1.0)
@@ -243,9 +253,9 @@ def collect_and_solve(share, segment, bracket, task, C: tl.constexpr):
         part = power(tl.where((bits > 0) & (bits <= bracket_lo), x, 0.0), low, segment.q32, POWER)
         # A loss is below or above: one conversion to fixed point does for both sums. min: no integer is infinite.
         part = to_fixed(tl.where(is_above, tl.minimum(x * quarter, 1.0), part), fraction_bits)
-        total += part
-        above_sum += tl.where(is_above, part, 0)
-        above += is_above.to(tl.int32)
+        total += thread_sums(part, NEIGHBOURS)
+        above_sum += thread_sums(tl.where(is_above, part, 0), NEIGHBOURS)
+        above += thread_sums(is_above.to(tl.int32), NEIGHBOURS)
         found = tl.sum(is_listed.to(tl.int32), 0)
         if found > 0:
             rank = tl.cumsum(is_listed.to(tl.int32), 0)
@@ -354,11 +364,9 @@ def solve_by_selection(
     segments, length = losses.shape
     passes = passes_for(length, config)
     phases = [(0, passes + 1)] if cooperative else [(phase, phase + 1) for phase in range(passes + 1)]
-    power = power_for(parameters, config.approximation)
-    constants = [
-        Constants(unit_of(length), passes, *phase, cooperative, reduction, power, config.block, config.solve_block)
-        for phase in phases
-    ]
+    unit, power = unit_of(length), power_for(parameters, config.approximation)
+    tiles = (config.block, neighbours(unit, config), config.solve_block)
+    constants = [Constants(unit, passes, *phase, cooperative, reduction, power, *tiles) for phase in phases]
     programs = programs_a_row(length, segments, config, losses.device)
     task = task_for(losses, short_list, workspace, outputs, parameters, programs)
     if cooperative:
