@@ -169,14 +169,15 @@ def sort_kernel(task: Task, C: tl.constexpr):
     length = task.length * C.unit
     index = (program // task.runs).to(tl.int64)
     fraction_bits = task.fraction_bits
-    segment = load_segment(task.workspace, index, task.parameters, fraction_bits)
-    norm = normaliser(bits_float(segment.max_bits))
 
     place = tl.arange(0, RUN)
     at = program % task.runs * RUN + place
     x = tl.load(task.losses + index * length + at, mask=at < length, other=-1.0)
     # As integers: −1 is negative, and a NaN (the segment is poisoned then) can't upset the order.
     bits = tl.sort(float_bits(x))
+    # Not before: sorting needs the registers.
+    segment = load_segment(task.workspace, index, task.parameters, fraction_bits)
+    norm = normaliser(bits_float(segment.max_bits))
     ours = program.to(tl.int64) * RUN + place
     tl.store(task.sorted_runs + ours, bits)
     tl.debug_barrier()  # the neighbour's loss may be in another thread
