@@ -78,6 +78,8 @@ class SelectConfig(NamedTuple):
     """Losses of the bracket the short list can hold; if there are more, the last program walks all losses."""
     solve_block: int
     """Losses of the list a tile, for the program that solves: four thresholds are tried on each."""
+    exact_solve_block: int
+    """The same, where powers are exact: they need more registers a loss."""
     passes: tuple[int, ...]
     """Segments longer than the k-th entry get k + 1 passes that narrow the bracket before the list is made."""
     approximation: str
@@ -153,6 +155,7 @@ AMPERE = Table(
         per_multiprocessor=2,
         capacity=8192,
         solve_block=512,
+        exact_solve_block=256,
         passes=(1 << 13, 1 << 21, 1 << 27),
         approximation="approx",
     ),

@@ -365,7 +365,8 @@ def solve_by_selection(
     passes = passes_for(length, config)
     phases = [(0, passes + 1)] if cooperative else [(phase, phase + 1) for phase in range(passes + 1)]
     unit, power = unit_of(length), power_for(parameters, config.approximation)
-    tiles = (config.block, neighbours(unit, config), config.solve_block)
+    solve_block = config.exact_solve_block if power == "exact" else config.solve_block
+    tiles = (config.block, neighbours(unit, config), solve_block)
     constants = [Constants(unit, passes, *phase, cooperative, reduction, power, *tiles) for phase in phases]
     programs = programs_a_row(length, segments, config, losses.device)
     task = task_for(losses, short_list, workspace, outputs, parameters, programs)

@@ -71,7 +71,7 @@ def report_steps(arguments: argparse.Namespace) -> None:
         # The interpreter works on vectors: large blocks, which change no result of the selection.
         table = configs.table_for(0)
         table = table._replace(
-            select=table.select._replace(block=1 << 17, solve_block=1 << 17),
+            select=table.select._replace(block=1 << 17, solve_block=1 << 17, exact_solve_block=1 << 17),
             stream=table.stream._replace(block=1 << 17),
         )
         blocks = configs.using(table)

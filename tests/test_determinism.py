@@ -97,6 +97,7 @@ def test_tiling(rng, monkeypatch, device, which):
         select = {
             "block": block,
             "solve_block": block,
+            "exact_solve_block": block,
             "per_multiprocessor": programs,
             "capacity": capacity,
             "passes": passes,

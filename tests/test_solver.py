@@ -166,7 +166,7 @@ def test_rounds_are_bounded(rng, monkeypatch, device, which, n):
         size = 1 << min(17, max(4, n.bit_length() - 1))
         configure(
             monkeypatch,
-            select={"block": size, "solve_block": size, "passes": (300, 20_000)},
+            select={"block": size, "solve_block": size, "exact_solve_block": size, "passes": (300, 20_000)},
             stream={"block": size},
             sort={"run": min(size, 1 << 14)},
         )
