@@ -44,17 +44,21 @@ def nvidia(table):
         pytest.skip("AMD: shown to compile, with a wavefront of 64")
 
 
+def version(table):
+    """Triton's, as "3.8"."""
+    return ".".join(str(table["triton"].iloc[0]).split(".")[:2])
+
+
 SPILLS = {
-    "3.6": {"select, p and ratio tensors": 24, "sort one run": 4, "sort runs": 16, "softmax_losses fp32 C=1024": 4},
-    "3.9": {"select cooperative, one pass": 12, "select cooperative, two passes": 12},
+    "3.6": {"sort one run": 4, "sort runs": 16, "softmax_losses fp32 C=1024": 4},
+    "3.9": {"forward cooperative bf16 C=150": 4},
 }
-"""What is known to spill, by Triton's version, and at most how many instructions: the search with powers for any p, the
-sort of the oldest Triton, and a launch that is off by default. To be mended, not to grow."""
+"""What is known to spill, by Triton's version, and at most how many instructions: with the oldest the sort and one
+number of classes, with the newest a launch that is off by default. Not to grow."""
 
 
 def test_nothing_spills(table):
-    version = ".".join(str(table["triton"].iloc[0]).split(".")[:2])
-    known = table.index.map(lambda name: SPILLS.get(version, {}).get(name, 0))
+    known = table.index.map(lambda name: SPILLS.get(version(table), {}).get(name, 0))
     assert (table["spills"] <= known).all(), table.loc[table["spills"] > known, ["registers", "spills"]]
     assert (table["stack"][table["spills"] == 0] == 0).all() or table["architecture"].eq("gfx942").all()
 
@@ -120,11 +124,13 @@ BUDGET = {
     "sort one run": 900,  # (629; 772 on sm_120): what perf/NOTES.md weighs the two solvers by
     "sort runs": 1300,  # (935; 1182 on sm_120)
 }
+BALLOTS = {"3.6": {"select, first pass": 120}}
+"""(102): `tl.histogram` counts by ballots there, eight a loss, not by atomics on shared memory."""
 
 
 def test_instructions_a_pixel(table):
     nvidia(table)
-    for name, most in BUDGET.items():
+    for name, most in (BUDGET | BALLOTS.get(version(table), {})).items():
         assert table.loc[name, "a pixel"] < most, name
 
 
@@ -168,8 +174,9 @@ def test_the_reader_of_sums_sees_a_lopsided_one():
 @pytest.mark.parametrize("only", ["C=19 unit=16", "select, first", "sort one run", "mark_losses"])
 def test_dependent_launches(architecture, only):
     """Compiled in, each kernel waits for the one before it before it touches memory; as a rule none does."""
-    found = report("--architecture", architecture, "--only", only, "--dependent")
-    assert len(found) and found["dependent"].all() and (found["spills"] == 0).all()
+    found = report("--architecture", architecture, "--only", only, "--dependent").set_index("kernel")
+    assert len(found) and found["dependent"].all()
+    test_nothing_spills(found)
 
 
 def test_paths():
