@@ -93,7 +93,7 @@ def exchange(tile, here, lane, C: tl.constexpr):
 
 
 @triton.jit
-def prepare_pixels(task, row, turn, image, here, weighting, C: tl.constexpr):
+def prepare_pixels(task, row, turn, image, here, weighting, weight_sum, C: tl.constexpr):
     """What a row of pixels gives to every class, each pixel by one thread; `pixels_at` reads it.
 
     turn: the only pixel of a span that counts; below 0: all do. image: where its pixels begin; here: where to put it.
@@ -116,7 +116,7 @@ def prepare_pixels(task, row, turn, image, here, weighting, C: tl.constexpr):
     if C.smooth:
         hit *= 1 - task.smoothing
         share *= task.smoothing / C.classes
-        spread = hit + share * sum_of_weights(task.weight, C.classes)
+        spread = hit + share * weight_sum
         exchange(share, here + 3 * WORDS, lane, C)
     lowest = tl.min(log_total, 1)[:, None]
     exchange(spread * tl.exp2(lowest - log_total), here, lane, C)
@@ -309,6 +309,9 @@ def upsampled_gradient_kernel(task: Task, C: tl.constexpr):
     place = task.sums + image * (grid.rows.nodes + grid.strips) * (2 * CLASSES) * a_row
     exchanged = task.exchanged + tl.program_id(0).to(tl.int64) * (2 * WORDS)
 
+    weight_sum = 0.0
+    if C.smooth:
+        weight_sum = sum_of_weights(task.weight, CLASSES)
     written = image * grid.rows.pixels * (grid.width * C.unit)
     none = zeros(COUNT + C.smooth, C)
     sums = Sums(none, none, none, none)
@@ -327,7 +330,7 @@ def upsampled_gradient_kernel(task: Task, C: tl.constexpr):
             here = exchanged + (rows_done % 2) * WORDS
             rows_done += 1
             row = row_of_pixels(row_number, rows, tiles, grid, C)
-            prepare_pixels(task, row, turn, written, here, weighting, C)
+            prepare_pixels(task, row, turn, written, here, weighting, weight_sum, C)
             tl.debug_barrier()
             pixels = pixels_at(here, C)
             x = spans.place + tl.maximum(turn, 0) * spans.pace

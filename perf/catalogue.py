@@ -60,6 +60,19 @@ def forward_and_backward(
     torch.autograd.grad(loss, logits, torch.empty_like(loss))
 
 
+def upsampled(
+    shape: tuple[int, ...], size: tuple[int, int], *, weighted: bool = False, label_smoothing: float = 0.0
+) -> None:
+    """One call and its gradient where the upsampling is fused in, from bf16 logits to labels of that size."""
+    logits, _ = inputs(shape)
+    target = torch.empty(shape[0], *size, dtype=torch.long)
+    weight = torch.empty(shape[1]) if weighted else None
+    loss = lmp_triton.upsampled_loss_max_pooling(
+        logits, target, weight=weight, label_smoothing=label_smoothing, backend="triton"
+    )
+    torch.autograd.grad(loss, logits, torch.empty_like(loss))
+
+
 def cases() -> list[Case]:
     """All of them. Sizes are divisible by 4 and by nothing more, as 550·550 is, unless a name says otherwise."""
     found = []
@@ -102,6 +115,20 @@ def cases() -> list[Case]:
         add(forward_and_backward, name, None, shape=shape, solver="select", cooperative="forward")
     add(forward_and_backward, None, "sort one run", None, shape=(2, 2, 1, 12), solver="sort")
     add(forward_and_backward, None, "sort runs", None, shape=short, solver="sort")
+    for name, classes, nodes, size in (
+        ("C=19 stride 4", 19, (8, 8), (32, 32)),
+        ("C=19 stride 8", 19, (4, 4), (32, 32)),
+        ("C=19 stride 16", 19, (2, 2), (32, 32)),
+        ("C=19 any sizes weights smoothing", 19, (5, 5), (33, 33)),
+        ("C=2 stride 8", 2, (4, 4), (32, 32)),
+        ("C=150 stride 8", 150, (4, 4), (32, 32)),
+    ):
+        stages = ("relative_nodes", "upsampled_losses", "", "upsampled_gradient", "nodes_gradient")
+        names = [f"{stage} {name}" if stage else None for stage in stages]
+        if classes > 32:
+            names.insert(3, None)  # the weights of pixels
+        options = {"weighted": True, "label_smoothing": 0.1} if "smoothing" in name else {}
+        add(upsampled, *names, shape=(2, classes, *nodes), size=size, **options)
     add(_weights, "mark_losses fp32", None, "pixel_weights fp32", "pixel_weights sums")
     return found
 
@@ -126,7 +153,10 @@ class Cost(NamedTuple):
     again: tuple[int, int] | None = None
     """A loop over the classes, by its number in `paths.Code.loops`, and how often it runs."""
     walk: str = ""
-    """The loop over the tiles: the "first" or the "longest"; none where a program has one tile."""
+    """The loop over the tiles: the "first" or the "longest"; none where a program has one tile. "cells": a loop over
+    rows of cells, with one over rows of pixels in it."""
+    rows: int = 0
+    """Of pixels, a row of cells."""
 
 
 def cost(launch: Launch) -> Cost:
@@ -162,5 +192,16 @@ def cost(launch: Launch) -> Cost:
         return Cost(constants.run, 4, 4 if constants.one_run else 12)
     if launch.name == "mark_losses_kernel":
         return Cost(constants.block, size(task.given) + size(task.mask), size(task.losses), walk="longest")
+    if launch.name in ("upsampled_losses_kernel", "upsampled_gradient_kernel"):
+        pixels = constants.lanes * constants.span * task.grid.rows.longest
+        if launch.name == "upsampled_losses_kernel":
+            written = size(task.losses) + size(task.labels) + size(task.log_totals)
+            return Cost(pixels, size(task.target), written, chunks(0), "cells", task.grid.rows.longest)
+        read = size(task.losses) + size(task.labels) + size(task.log_totals)
+        return Cost(pixels, read, walk="cells", rows=task.grid.rows.longest)
+    if launch.name == "relative_nodes_kernel":
+        return Cost(constants.block, constants.classes * size(task.logits), constants.classes * size(task.nodes))
+    if launch.name == "nodes_gradient_kernel":
+        return Cost(constants.block, 2 * constants.spans * size(task.sums), size(task.grad))
     assert launch.name == "pixel_weights_kernel"
     return Cost(constants.block, size(task.losses), size(task.weights), walk="longest")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from typing import NamedTuple
 
 import pandas as pd
@@ -78,12 +78,14 @@ def issue(cost: catalogue.Cost, code: Compiled, device: roofline.Device, losses:
     flow = code.flow
     times = dict([cost.again]) if cost.again else {}
     ways = ((weight, False), (weight, True), (_one, False))
+    if cost.walk == "cells":
+        return _cells(cost, code, weight)
     if not cost.walk:
         # Through the last power of the kernel: not by a way that returns early.
         through = max((i for i, x in enumerate(code.opcodes) if x.startswith("MUFU.EX2")), default=0)
-        found = [
-            flow.path(w, 0, through, times, dearest) + flow.path(w, through, END, times, dearest) for w, dearest in ways
-        ]
+        found = [flow.path(w, through, END, times, dearest) for w, dearest in ways]
+        if through:
+            found = [x + flow.path(w, 0, through, times, dearest) for x, (w, dearest) in zip(found, ways, strict=True)]
         return Slots(*(x * a_pixel for x in found), once=0, last=0)
     number = 0
     if cost.walk == "longest":
@@ -99,6 +101,34 @@ def issue(cost: catalogue.Cost, code: Compiled, device: roofline.Device, losses:
 
 def _one(opcode: str) -> float:
     return 1.0
+
+
+def _cells(cost: catalogue.Cost, code: Compiled, weight: Callable[[str], float]) -> Slots:
+    """Of the kernels for logits that are upsampled: a loop over rows of cells, in it one over rows of pixels.
+
+    Loops in that one are over the classes: chunks of them, or one by one where cells are deep, which is left out.
+    """
+    flow = code.flow
+    assert flow is not None
+    bodies, heads = flow.bodies, [head for head, _end in flow.loops]
+    walk = 0
+    rows, *inner = sorted((i for i, x in enumerate(bodies) if x < bodies[walk]), key=lambda i: -len(bodies[i]))
+    inside = [i for i in inner if bodies[i] < bodies[rows]]
+    times: dict[int, int] = {}
+    if cost.again:
+        times = {i: cost.again[1] - 1 for i in inner if i not in inside} | {inside.pop(0): cost.again[1]}
+    row_of_pixels, outside = bodies[rows].difference(*(bodies[i] for i in inside)), bodies[walk] - bodies[rows]
+    after = {x for place in row_of_pixels for x in flow.onward[place]} & outside
+    a_pixel = code.warp * code.warps / cost.pixels
+
+    def cells(weight: Callable[[str], float], dearest: bool) -> float:
+        before = flow.path(weight, heads[walk], heads[rows], times, dearest, outside)
+        once = flow.path(weight, heads[rows], heads[rows], times, dearest, row_of_pixels)
+        rest = min(flow.path(weight, x, heads[walk], times, dearest, outside) for x in after)
+        return (before + cost.rows * once + rest) * a_pixel
+
+    found = cells(weight, False), cells(weight, True), cells(_one, False)
+    return Slots(*found, once=flow.path(weight, 0, heads[walk]) + flow.after(weight, walk), last=0)
 
 
 def row(name: str, launch: Launch, architecture: int | str) -> dict[str, object]:

@@ -121,6 +121,10 @@ BUDGET = {
     "select, after passes": 45,  # (36)
     "select": 45,  # (36)
     "select, p and ratio tensors": 125,  # (95): powers for any p
+    "upsampled_losses C=19 stride 8": 280,  # (208), rows of cells included
+    "upsampled_gradient C=19 stride 8": 310,  # (226)
+    "upsampled_losses C=150 stride 8": 1800,  # (1322)
+    "upsampled_gradient C=150 stride 8": 250,  # (175; a chunk of 24 classes)
     "sort one run": 900,  # (629; 772 on sm_120): what perf/NOTES.md weighs the two solvers by
     "sort runs": 1300,  # (935; 1182 on sm_120)
 }
@@ -132,6 +136,14 @@ def test_instructions_a_pixel(table):
     nvidia(table)
     for name, most in (BUDGET | BALLOTS.get(version(table), {})).items():
         assert table.loc[name, "a pixel"] < most, name
+
+
+@pytest.mark.parametrize("stage", ["upsampled_losses", "upsampled_gradient"])
+def test_nodes_of_upsampled_logits_are_loaded_once_a_cell(table, stage):
+    """A thread has ten classes of C = 19 and one of C = 2: four loads a class of a cell, however many pixels it has."""
+    nvidia(table)
+    loads = table.loc[f"{stage} C=19 stride 8", "load 32"] - table.loc[f"{stage} C=2 stride 8", "load 32"]
+    assert loads == 4 * (10 - 1)
 
 
 def test_bytes_a_pixel(table):
