@@ -16,6 +16,7 @@ from .configs import StreamConfig
 from .launch import launch
 from .layout import Strides
 from .logits import within_classes
+from .numerics import log2_of_share
 from .softmax import class_weight, sum_of_weights
 from .upsampling import (
     NO_PIXEL,
@@ -87,6 +88,23 @@ class Pixels(NamedTuple):
 
 
 @triton.jit
+def weight_of(loss, weights, C: tl.constexpr):
+    """`relative_weight`, by fewer instructions where the exponent is small enough for them, see `numerics.power`."""
+    if C.approximation == "none":  # noqa: SIM114 - known to the compiler; the other one, on the device alone
+        weight = relative_weight(loss, weights)
+    elif weights.exponent > 20.0:
+        weight = relative_weight(loss, weights)
+    else:
+        pivot = weights.pivot
+        share, rest = log2_of_share(tl.minimum(loss, pivot), pivot, C.approximation)
+        below = tl.exp2(weights.exponent * share + (weights.exponent * rest - weights.drop))
+        below = tl.where(loss >= 0, below, 0.0)
+        below = tl.where(pivot > 0, below, 0.0)
+        weight = tl.where(loss > pivot, 1.0, below)
+    return weight
+
+
+@triton.jit
 def exchange(tile, here, lane, C: tl.constexpr):
     """Put a tile (C.lanes, C.span) where all threads find it: 4-byte words from `here` on, in the order of lane."""
     tl.store(here + (lane * C.span + tl.arange(0, C.span)[None, :]), tile)
@@ -108,7 +126,7 @@ def prepare_pixels(task, row, turn, image, here, weighting, weight_sum, C: tl.co
     if task.weights is not None:
         share = tl.load(task.weights + place, mask=there, other=0.0)
     else:
-        share = tl.where(loss == -1.0, 0.0, relative_weight(loss, weighting) * weighting.step)
+        share = tl.where(loss == -1.0, 0.0, weight_of(loss, weighting, C) * weighting.step)
     hit = share
     if task.weight is not None:
         hit *= tl.load(task.weight + label, mask=there, other=0.0).to(tl.float32)

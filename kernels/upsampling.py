@@ -77,6 +77,8 @@ class Constants(NamedTuple):
     """A segment an image; otherwise one for all."""
     smooth: bool
     """Labels are smoothed."""
+    approximation: str
+    """See `configs.SelectConfig`."""
 
 
 class Along(NamedTuple):
@@ -357,7 +359,8 @@ def plan(
 ) -> Plan:
     """From logits (N, C, h, w) to size (H, W), whose target has these strides. per_image is left open, False."""
     enough = programs_of_device(table.upsampled, logits.device)
-    return _plan(logits.shape, size, target_stride, align_corners, table.upsampled, enough, smooth)
+    upsampled, approximation = table.upsampled, table.select.approximation
+    return _plan(logits.shape, size, target_stride, align_corners, upsampled, enough, smooth, approximation)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -369,6 +372,7 @@ def _plan(
     config: UpsampledConfig,
     enough: int,
     smooth: bool,
+    approximation: str,
 ) -> Plan:
     images, classes, *nodes = shape
     rows, columns = (axis(n, pixels, align_corners) for n, pixels in zip(nodes, size, strict=True))
@@ -399,6 +403,7 @@ def _plan(
             adjacent,
             False,
             smooth,
+            approximation,
         ),
         config,
         Strides(target_stride[0] // target_unit, 0, 0, target_stride[1] // target_unit, target_stride[2]),
