@@ -37,8 +37,13 @@ def _large(logits: Tensor, target: Tensor) -> Tensor:
     return F.interpolate(logits, target.shape[1:], mode="bilinear")
 
 
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(_large(logits, target), target)
+
+
 WAYS: dict[str, Loss] = {
-    "F.interpolate + F.cross_entropy": lambda x, y: F.cross_entropy(_large(x, y), y),
+    "F.interpolate + F.cross_entropy": _cross_entropy,
+    "F.interpolate + F.cross_entropy, compiled": torch.compile(_cross_entropy, fullgraph=True, dynamic=False),
     "upsampled, ratio=1 (cross-entropy)": lambda x, y: lmp_triton.upsampled_loss_max_pooling(x, y, ratio=1.0),
     "F.interpolate + loss_max_pooling": lambda x, y: lmp_triton.loss_max_pooling(_large(x, y), y),
     "upsampled_loss_max_pooling": lambda x, y: lmp_triton.upsampled_loss_max_pooling(x, y),
