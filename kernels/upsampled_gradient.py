@@ -90,13 +90,14 @@ class Pixels(NamedTuple):
 @triton.jit
 def weight_of(loss, weights, C: tl.constexpr):
     """`relative_weight`, by fewer instructions where the exponent is small enough for them, see `numerics.power`."""
-    if C.approximation == "none":  # noqa: SIM114 - known to the compiler; the other one, on the device alone
+    POWER: tl.constexpr = C.approximation
+    if POWER == "none":  # noqa: SIM114 - known to the compiler; the other one, on the device alone
         weight = relative_weight(loss, weights)
     elif weights.exponent > 20.0:
         weight = relative_weight(loss, weights)
     else:
         pivot = weights.pivot
-        share, rest = log2_of_share(tl.minimum(loss, pivot), pivot, C.approximation)
+        share, rest = log2_of_share(tl.minimum(loss, pivot), pivot, POWER)
         below = tl.exp2(weights.exponent * share + (weights.exponent * rest - weights.drop))
         below = tl.where(loss >= 0, below, 0.0)
         below = tl.where(pivot > 0, below, 0.0)
@@ -146,6 +147,7 @@ def prepare_pixels(task, row, turn, image, here, weighting, weight_sum, C: tl.co
 @triton.jit
 def pixels_at(here, C: tl.constexpr):
     """A row of pixels from where `prepare_pixels` has put it."""
+    SPAN: tl.constexpr = C.span
     WORDS: tl.constexpr = C.lanes * C.span
     lane = tl.arange(0, C.lanes)[None, :]
     first = here + lane * C.span
@@ -153,7 +155,7 @@ def pixels_at(here, C: tl.constexpr):
     labels = ()
     hits = ()
     shares = ()
-    for k in tl.static_range(C.span):
+    for k in tl.static_range(SPAN):
         softmax = softmax + (tl.load(first + k),)
         hits = hits + (tl.load(first + (WORDS + k)),)
         labels = labels + (tl.load(first + (2 * WORDS + k)).to(tl.int32, bitcast=True),)
@@ -205,8 +207,9 @@ def either(a, b):
 @triton.jit
 def labels_there(pixels, first, C: tl.constexpr):
     """Which of the classes from `first` on are labels of pixels that count: a bit for the i-th of all groups."""
+    SPAN: tl.constexpr = C.span
     bits = tl.zeros(pixels.lowest.shape, tl.int32)
-    for k in tl.static_range(C.span):
+    for k in tl.static_range(SPAN):
         c = pixels.label[k] - first
         bit = tl.where(pixels.hit[k] != 0.0, 1 << (c // C.groups & 31), 0)
         if C.chunk < C.classes:

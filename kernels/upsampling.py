@@ -174,10 +174,10 @@ def edge(cell, along):
 
 
 @triton.jit
-def pixels_of_cell(cell, along, STEPS: tl.constexpr):
+def pixels_of_cell(cell, along, PIXELS: tl.constexpr, SHIFT: tl.constexpr):
     """The first pixel of a cell, and the end."""
-    if STEPS.pixels:
-        first = cell * STEPS.pixels + STEPS.shift
+    if PIXELS:
+        first = cell * PIXELS + SHIFT
         end = tl.zeros(cell.shape, tl.int32) + along.pixels
     else:
         first = edge(cell.to(tl.int64), along)
@@ -186,11 +186,11 @@ def pixels_of_cell(cell, along, STEPS: tl.constexpr):
 
 
 @triton.jit
-def places(pixel, cell, along, STEPS: tl.constexpr):
+def places(pixel, cell, along, STEADY: tl.constexpr, PLACE: tl.constexpr, PACE: tl.constexpr):
     """Of a pixel in its cell, from 0 to 1 and exact but for one rounding, and from there to the next."""
-    if STEPS.pixels:
-        place = tl.zeros(pixel.shape, tl.float32) + STEPS.place
-        pace = tl.zeros(pixel.shape, tl.float32) + STEPS.pace
+    if STEADY:
+        place = tl.zeros(pixel.shape, tl.float32) + PLACE
+        pace = tl.zeros(pixel.shape, tl.float32) + PACE
     else:
         numerator = along.slope * pixel + along.offset - along.denominator * cell.to(tl.int64)
         denominator = along.denominator.to(tl.float32)
@@ -207,11 +207,11 @@ def spans_of(lane, grid, C: tl.constexpr):
     a_row = (columns.nodes - C.first_cell) * C.spans
     index = lane % a_row
     cell = index // C.spans + C.first_cell
-    first, end = pixels_of_cell(cell, columns, C.along)
+    first, end = pixels_of_cell(cell, columns, C.along.pixels, C.along.shift)
     last = columns.nodes - 1
     left = tl.minimum(tl.maximum(cell, 0), last)
     # Outside of the nodes, where `left` is not the cell, every place will do.
-    place, pace = places(first, left, columns, C.along)
+    place, pace = places(first, left, columns, C.along.pixels, C.along.place, C.along.pace)
     if C.spans > 1:
         before = index % C.spans * SPAN
         first += before
@@ -223,10 +223,10 @@ def spans_of(lane, grid, C: tl.constexpr):
 def row_of_cells(number, spans, grid, C: tl.constexpr):
     """Row `number` of the strips."""
     cell = spans.strip * grid.height + number + C.first_cell
-    first, end = pixels_of_cell(cell, grid.rows, C.down)
+    first, end = pixels_of_cell(cell, grid.rows, C.down.pixels, C.down.shift)
     last = grid.rows.nodes - 1
     above = tl.minimum(tl.maximum(cell, 0), last)
-    place, pace = places(first, above, grid.rows, C.down)
+    place, pace = places(first, above, grid.rows, C.down.pixels, C.down.place, C.down.pace)
     return RowOfCells(cell <= last, above, tl.minimum(cell + 1, last), first, end, place, pace)
 
 
