@@ -257,6 +257,8 @@ def upsampled_losses_kernel(task: Task, C: tl.constexpr):
             good = (label >= 0) & (label < CLASSES)
             label = tl.where(good, label, 0).to(tl.int32)
             x_label = interpolated(nodes, label * plane, row, cells, spans, grid)
+            if C.smooth:
+                dot = interpolated(task.dots + image * plane, label * 0, row, cells, spans, grid)
             if deep:
                 log_total = deep_log_totals(nodes, row, corners, plane, C)
             else:
@@ -266,7 +268,6 @@ def upsampled_losses_kernel(task: Task, C: tl.constexpr):
             if task.weight is not None:
                 loss *= tl.load(task.weight + label, mask=row.there, other=0.0).to(tl.float32)
             if C.smooth:
-                dot = interpolated(task.dots + image * plane, label * 0, row, cells, spans, grid)
                 spread = tl.maximum((weight_sum * log_total - dot) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
                 loss = (1 - task.smoothing) * loss + (task.smoothing / CLASSES) * spread
             loss = poison(loss, good & (loss < INFINITE_LOSS))

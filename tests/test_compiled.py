@@ -54,6 +54,7 @@ SPILLS = {
         "sort one run": 4,
         "sort runs": 16,
         "softmax_losses fp32 C=1024": 4,
+        "upsampled_losses C=19 any sizes weights smoothing": 3,
         "upsampled_gradient C=19 any sizes weights smoothing": 6,
         "upsampled_losses C=150 stride 8": 23,
     },
