@@ -65,6 +65,7 @@ def test_optimal_and_as_the_oracle(solver, losses, p, ratio):
     assert abs(gap) <= 2e-6 * loss + 2.0**-148
 
 
+@pytest.mark.slow
 @examples(15)
 @given(losses=LOSSES, p=P, ratio=RATIO, exponent=st.integers(-20, 20), seed=st.integers(0, 2**32 - 1))
 def test_scale_and_order(solver, losses, p, ratio, exponent, seed):
@@ -82,6 +83,7 @@ def test_scale_and_order(solver, losses, p, ratio, exponent, seed):
     assert np.abs(weights_again - weights[order]).max() <= 2e-6 * tau
 
 
+@pytest.mark.slow
 @examples(15)
 @given(losses=LOSSES, p=st.tuples(P, P), ratio=st.tuples(RATIO, RATIO))
 def test_monotone(solver, losses, p, ratio):
