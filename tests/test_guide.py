@@ -30,3 +30,11 @@ def test_what_it_names_is_there():
         assert name in text and hasattr(dropins, name)
     for name in re.findall(r"^\| [^|]* \| `(\w+)` \|", text, re.MULTILINE):
         assert hasattr(dropins, name) or (GUIDE.parent / "examples" / f"{name}.py").exists(), name
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    root = Path(__file__).parents[1]
+    readme = (root / "README.md").read_text()
+    assert len(readme.splitlines()) <= 110
+    links = [link for link in re.findall(r"\]\(([^)#]+)", readme) if not link.startswith("http")]
+    assert len(links) >= 8 and [link for link in links if not (root / link).exists()] == []
