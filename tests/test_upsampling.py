@@ -46,7 +46,7 @@ def compare(logits, target, backend, rtol=1e-5, **options):
     scales = torch.arange(1, loss.numel() + 1, device=loss.device).view_as(loss)
     (loss * scales).sum().backward()
     (expected * scales).sum().backward()
-    torch.testing.assert_close(loss.double(), expected, rtol=5e-6, atol=1e-6)
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-7)
     top = y.grad.abs().max().item()
     torch.testing.assert_close(x.grad.double(), y.grad, rtol=rtol, atol=10 * rtol * top)
     assert x.grad.dtype == x.dtype and x.grad.shape == x.shape
