@@ -7,13 +7,16 @@ nothing and passes are cut into slices (`slices`); there some stages have a form
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from . import distributed, eager_upsampled, search
-from .search import LOG2E, Q_CAP, log2_ratio_near
+from .search import Q_CAP, log2_ratio_near
 from .settings import on_host, traced
-from .slices import GRAIN, Scratch, cut, fault_in
+from .slices import Scratch, cut, cut_pixels, dense
 from .types import (
     DROP,
     EXPONENT,
@@ -50,7 +53,7 @@ def softmax_losses(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, 
     labels = _labels(target, classes)
     losses, spread = _losses(logits, labels, weight, smoothing > 0)
     also = () if spread is None else (spread,)
-    for y, label, ell, *rest in cut(target, labels, losses, *also, whole=GRAIN):
+    for y, label, ell, *rest in cut_pixels(target, labels, losses, *also):
         y = y.long()  # a label of 156 is not -100
         ell.neg_()
         if weight is not None:
@@ -68,7 +71,7 @@ def _labels(target: Tensor, classes: int) -> Tensor:
         narrow = torch.uint8 if classes <= 1 << 8 else torch.int32
         return target.long().clamp(0, classes - 1).to(narrow)
     labels = torch.empty_like(target, dtype=narrow)
-    for y, label in cut(target, labels, whole=GRAIN):
+    for y, label in cut_pixels(target, labels):
         label.copy_(y).clamp_(0, classes - 1)
     return labels
 
@@ -84,18 +87,35 @@ def _losses(logits: Tensor, labels: Tensor, weight: Tensor | None, spread: bool)
     columns = (x.unsqueeze(1) for x in (labels, found, found if total is None else total))
     scratch, out = Scratch(real), Scratch(real)
     for x, label, ell, summed in cut(logits, *columns):
-        # Of a dense tensor, into a dense one: else PyTorch makes it so. By this function, since it leaves the logarithm
-        # of a tensor to a library that starts threads for any size.
-        dense, side_by_side = scratch.like(x), x.stride(1) == 1
-        if x.dtype != real or x.stride() != dense.stride():
-            x = dense.copy_(x)
-        y = x.mT if side_by_side else x
-        y = torch.log_softmax(y, 2 if side_by_side else 1, out=out.like(y))
-        x = y.mT if side_by_side else y
-        torch.gather(x, 1, label.long(), out=ell)
+        # By this function, since it leaves the logarithm of a tensor to a library that starts threads for any size.
+        x = _over_classes(torch.log_softmax, x, scratch, out.like(x))
+        torch.gather(x, 1, _index(label), out=ell)
         if spread:
             torch.sum(x if weight is None else x.mul_(weight[:, None]), 1, keepdim=True, out=summed)
     return found, total
+
+
+def _index(labels: Tensor) -> Tensor:
+    """The labels (n, 1, l) of a slice as gather and scatter take them."""
+    index = torch.empty_like(labels, dtype=torch.int64, memory_format=torch.contiguous_format)
+    for label, out in cut_pixels(labels, index):
+        out.copy_(label)
+    return index
+
+
+def _over_classes(function: Callable[..., Tensor], x: Tensor, scratch: Scratch, out: Tensor) -> Tensor:
+    """`torch.softmax` or `torch.log_softmax` of a slice (n, C, l) into `out`, which is dense, with the classes where x
+    has them.
+
+    Of a dense tensor, into a dense one: else PyTorch makes it so.
+    """
+    if x.dtype != out.dtype or not dense(x):
+        x = scratch.like(x).copy_(x)
+    if x.stride(1) == 1:
+        function(x.mT, 2, out=out.mT)
+    else:
+        function(x, 1, out=out)
+    return out
 
 
 def marked_losses(losses: Tensor, mask: Tensor | None, scope: str) -> PixelLosses:
@@ -106,7 +126,7 @@ def marked_losses(losses: Tensor, mask: Tensor | None, scope: str) -> PixelLosse
         # As rows they are viewed as segments: where() keeps the layout of a transposed view.
         return PixelLosses(_mark(losses, everywhere, everywhere).contiguous())
     marked = torch.empty_like(losses, memory_format=torch.contiguous_format)
-    for x, valid, out in cut(losses, everywhere, marked, whole=GRAIN):
+    for x, valid, out in cut_pixels(losses, everywhere, marked):
         out.copy_(_mark(x, valid, valid))
     return PixelLosses(marked)
 
@@ -184,7 +204,7 @@ def _sum_above(losses: Tensor, pivot: Tensor, above: Tensor | None, tau: Tensor)
     # Twice as quick: those up to the pivot count as the pivot, and are taken off again.
     total = torch.zeros_like(tau)
     for row, least, out in zip(losses.split(1), pivot.tolist(), total.split(1), strict=True):
-        for (x,) in cut(row, whole=GRAIN):
+        for (x,) in cut_pixels(row):
             out += x.clamp_min(least).sum(dtype=wide)
     return tau * (total - (losses.shape[1] - above) * pivot.to(wide))
 
@@ -243,7 +263,7 @@ def pixel_weights(pixels: PixelLosses, solution: Tensor, grad_output: Tensor, dt
     losses = pixels.losses.view(solution.shape[1], -1)
     scale = (solution[STEP].unsqueeze(1) * grad_output.view(-1, 1)).expand_as(losses)
     out = torch.empty_like(losses, dtype=dtype)
-    for x, factor, w, *found in cut(losses, scale, out, *_solution_of_losses(losses, solution), whole=GRAIN):
+    for x, factor, w, *found in cut_pixels(losses, scale, out, *_solution_of_losses(losses, solution)):
         # A NaN scale (a poisoned segment) times 0 is NaN as well: ignored pixels are set last.
         w.copy_(relative_weights(x, solution[EXPONENT, 0], *found).mul_(factor).masked_fill_(x == IGNORED, 0.0))
     return out.view_as(pixels.losses)
@@ -260,33 +280,47 @@ def logits_gradient(
     weight, smoothing = cross_entropy.weight, cross_entropy.label_smoothing
     shape, logits = logits.shape, logits.flatten(2)
     (labels,), classes = pixels.saved, logits.shape[1]
-    hit, share = weights * (smoothing - 1), None
+    share = None
     if weight is not None:
         weight = weight.to(dtype)
-        hit = hit * weight[labels.long()]
-    spread = -hit
     if smoothing:
-        weight = torch.ones(classes, dtype=dtype, device=logits.device) if weight is None else weight
-        share = weight * (smoothing / classes)
-        spread = spread + weights * share.sum()
-    labels, spread, hit, weights = (x.unsqueeze(1) for x in (labels, spread, hit, weights))
+        share = torch.ones(classes, dtype=dtype, device=logits.device) if weight is None else weight
+        share = share * (smoothing / classes)
     if not on_host(logits):
+        factors = _factors(weights, labels, weight, smoothing, share)
+        labels, spread, hit, weights = (x.unsqueeze(1) for x in (labels, *factors, weights))
         return _gradient(logits, labels, spread, hit, weights, share).to(logits.dtype).view(shape)
 
-    grad, scratch = fault_in(torch.empty_like(logits)), Scratch(dtype)
-    in_place = grad.dtype == dtype
-    for x, out, label, a, b, w in cut(logits, grad, labels, spread, hit, weights):
-        d = torch.sub(x, x.amax(1, keepdim=True).to(dtype), out=out if in_place else scratch.like(x))
-        d.mul_(LOG2E).exp2_()
-        d.mul_(a / d.sum(1, keepdim=True)).scatter_add_(1, label.long(), b)
+    spread, hit = torch.empty_like(weights), torch.empty_like(weights)
+    for w, label, a, b in cut_pixels(weights, labels, spread, hit):
+        for out, factor in zip((a, b), _factors(w, label, weight, smoothing, share), strict=True):
+            out.copy_(factor)
+    grad, scratch, softmax = torch.empty_like(logits), Scratch(dtype), Scratch(dtype)
+    in_place = grad.dtype == dtype and dense(logits)
+    columns = (x.unsqueeze(1) for x in (labels, spread, hit, weights))
+    for x, out, label, a, b, w in cut(logits, grad, *columns, images=sys.maxsize if in_place else 0):
+        d = _over_classes(torch.softmax, x, scratch, out if in_place and dense(out) else softmax.like(x))
+        d = torch.mul(d, a, out=out if grad.dtype == dtype else d)
+        d.scatter_add_(1, _index(label), b)
         if share is not None:
-            d.sub_(w * share[:, None])
-        if not in_place:
+            d.addcmul_(w, share[:, None], value=-1)
+        if grad.dtype != dtype:
             out.copy_(d)
     # By a bad logit all of its pixel is NaN. Of a valid one it should; of an ignored one it must not, but 0·NaN is NaN.
-    if grad[:, 0].sum().isnan():
+    if any(bool(some.sum().isnan()) for (some,) in cut_pixels(grad[:, 0])):
         grad.masked_fill_((pixels.losses == IGNORED).unsqueeze(1), 0.0)
     return grad.view(shape)
+
+
+def _factors(
+    weights: Tensor, labels: Tensor, weight: Tensor | None, smoothing: float, share: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What the softmax of a pixel is multiplied by, and what is added at its label."""
+    hit = weights * (smoothing - 1)
+    if weight is not None:
+        hit = hit * weight[labels.long()]
+    spread = -hit
+    return (spread if share is None else spread + weights * share.sum()), hit
 
 
 def _gradient(x: Tensor, label: Tensor, a: Tensor, b: Tensor, w: Tensor, share: Tensor | None) -> Tensor:
@@ -299,7 +333,7 @@ def _gradient(x: Tensor, label: Tensor, a: Tensor, b: Tensor, w: Tensor, share: 
     d = d * (a / d.sum(1, keepdim=True).clamp_min(1.0))
     if traced():
         classes = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
-        d = torch.where(classes[:, None] == label, d + b, d)  # one loop, to a compiler
+        d = d + torch.where(classes[:, None] == label, b, 0.0)  # one loop, to a compiler; d first: in its layout
     else:
         d.scatter_add_(1, label.long(), b)
     return d if share is None else d - w * share[:, None]

@@ -17,7 +17,7 @@ from torch.library import custom_op
 
 from . import checks, distributed
 from .settings import on_host
-from .slices import GRAIN, cut
+from .slices import GRAIN, cut_pixels
 from .types import IGNORED
 
 LOG2E = 1.4426950408889634
@@ -139,7 +139,7 @@ def _counted(row: Tensor, ratio: Tensor, q: Tensor) -> Crossing:
     for half in counts.split(GRAIN):  # by one thread
         half.zero_()
     one = counts.new_ones(1)
-    for (x,) in cut(row, whole=GRAIN):
+    for (x,) in cut_pixels(row):
         bins = (x.view(integer) >> shift).bitwise_and_(0xFFFF).long().view(-1)
         counts.scatter_add_(0, bins, one.expand_as(bins))
     infinite = ((1 << exponent_bits) - 1) << (15 - exponent_bits)
@@ -177,7 +177,7 @@ def _counted(row: Tensor, ratio: Tensor, q: Tensor) -> Crossing:
 
     beyond, total, inside = torch.zeros_like(valid), torch.zeros_like(m), []
     q_ = float(q)
-    for (x,) in cut(row, whole=GRAIN):
+    for (x,) in cut_pixels(row):
         up_to_t = x.clamp(0.0, t)
         # Of a large q's powers only those of losses close to t count, and their logarithms must be exact.
         power = up_to_t.div_(t).pow_(q_) if q_ <= 16 else log2_ratio_near(up_to_t, t).mul_(q_).exp2_()
@@ -282,7 +282,7 @@ def in_rounds(losses: Tensor, ratio: Tensor, q: Tensor, group: Any = None) -> Cr
     while shift > 0:
         shift = max(0, shift - BUCKETS_LOG2)
         sums = torch.zeros(2, segments * (edge_count + 1), dtype=torch.int64, device=device)
-        for ell, r in cut(losses, row, whole=GRAIN):
+        for ell, r in cut_pixels(losses, row):
             # A loss goes to the first edge that is not below it: 0 if that is lo, K if it is beyond the last one. What
             # is computed for these two is not used, so it may be infinite or NaN. An ignored pixel goes with the zeros.
             start = lo[r, 0]

@@ -5,13 +5,11 @@ other busy processes such a wait lasts until the system lets the last thread run
 hundreds of waits then cost more than the pass. On the other hand temporaries as large as the logits cost more than the
 arithmetic, since every page of them is faulted in anew. So:
 
-- Up to `WHOLE` elements: no slices, a few operations, each split over the threads. (Passes over one number a
-  pixel, which are short, take the next line from `GRAIN` on.)
-- More, and one or two threads: slices that one thread does alone, without a wait. For one thread they need not be below
-  the grain, only fit into the cache. Two threads would gain little: what is done here in the cache takes less time than
-  the page faults.
-- More, and more threads: slices of a cache full for each thread, so tens of waits and not hundreds.
-- Page faults of a fresh tensor are taken by all threads at once, see `fault_in`, before slices of it are written.
+- Over logits (`cut`), one thread: slices that fit into its cache.
+- Over logits, more threads: all of them, in a few operations. Where these need a temporary, whole images, which are
+  dense as they are; where one is above what the allocator hands out again, slices of 4 MB, so tens of waits.
+- Over one number a pixel (`cut_pixels`): slices that one thread does alone, without a wait. Two threads would gain
+  little. More threads get slices of a cache full for each.
 
 Nothing is cut while a graph is made, or on another device.
 """
@@ -31,40 +29,48 @@ GRAIN = 1 << 15
 CACHE = 1 << 17
 """Elements, about, that a thread keeps in its second-level cache together with what is computed of them."""
 
-WHOLE = 1 << 22
-"""Elements up to which nothing is cut: 16 MB of float32, which the allocator hands out again without page faults."""
+WHOLE = 1 << 20
+"""Elements up to which nothing is cut; about what the threads keep in their last-level cache together with what is
+computed of them."""
+
+IMAGES = 1 << 23
+"""Elements up to which a temporary is made of whole images: 32 MB of float32, which the allocator hands out again
+without page faults."""
 
 
-def cut(*tensors: Tensor, whole: int = WHOLE) -> Iterator[tuple[Tensor, ...]]:
-    """The same slices of all tensors, each (N, …, L), along images and pixels; the first one counts.
+def cut(*tensors: Tensor, images: int | None = None) -> Iterator[tuple[Tensor, ...]]:
+    """The same slices of all tensors, the first one of them logits (N, C, L), along images and pixels.
 
     Args:
-        whole: elements up to which it is not cut.
+        images: elements, at most, of a slice of whole images; default `IMAGES`.
     """
     x = tensors[0]
-    if not on_host(x) or x.numel() <= whole:
-        yield tensors
-        return
-    pixels = max(1, _elements() * x.shape[0] * x.shape[-1] // x.numel())
-    pixels -= pixels % 16 if pixels > 16 else 0  # log_softmax goes by vectors, and splits what is more than its block
-    if pixels < x.shape[-1]:
-        pieces = ((piece for image in t.split(1) for piece in image.split(pixels, -1)) for t in tensors)
-    else:
-        pieces = (iter(t.split(pixels // x.shape[-1])) for t in tensors)
-    yield from zip(*pieces, strict=True)
+    if not on_host(x) or x.numel() <= WHOLE:
+        return iter((tensors,))
+    if torch.get_num_threads() == 1:
+        return _slices(tensors, CACHE)
+    images = IMAGES if images is None else images
+    return _slices(tensors, images if x.numel() <= images * x.shape[0] else WHOLE)
 
 
-def _elements() -> int:
-    """Of a slice."""
+def cut_pixels(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same slices of all tensors, (N, L), along images and pixels."""
+    x = tensors[0]
+    if not on_host(x) or x.numel() <= GRAIN:
+        return iter((tensors,))
     threads = torch.get_num_threads()
-    return CACHE if threads == 1 else GRAIN if threads == 2 else threads * CACHE
+    return _slices(tensors, GRAIN if threads == 2 else threads * CACHE)
 
 
-def fault_in(x: Tensor) -> Tensor:
-    """Fresh memory, whose pages all threads have touched if the pass that fills it is left to one."""
-    if x.numel() > WHOLE and torch.get_num_threads() == 2:
-        x.zero_()
-    return x
+def _slices(tensors: tuple[Tensor, ...], elements: int) -> Iterator[tuple[Tensor, ...]]:
+    """Of so many elements of the first tensor."""
+    x = tensors[0]
+    images = min(x.shape[0], elements * x.shape[0] // x.numel())
+    if images:
+        return zip(*(t.split(images) for t in tensors), strict=True)
+    pixels = max(1, elements * x.shape[0] * x.shape[-1] // x.numel())
+    pixels -= pixels % 16 if pixels > 16 else 0  # log_softmax goes by vectors, and splits what is more than its block
+    return zip(*((piece for image in t.split(1) for piece in image.split(pixels, -1)) for t in tensors), strict=True)
 
 
 class Scratch:
@@ -80,3 +86,8 @@ class Scratch:
         n, classes, pixels = x.shape
         flat = self._buffer[: x.numel()]
         return flat.view(n, pixels, classes).mT if x.stride(1) == 1 else flat.view(x.shape)
+
+
+def dense(x: Tensor) -> bool:
+    """Whether a slice (n, C, l) lies in memory without gaps, pixels or classes side by side."""
+    return (x.mT if x.stride(1) == 1 else x).is_contiguous()
