@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import distributed, eager_upsampled, search
+from . import distributed, eager_upsampled, host, search
 from .search import Q_CAP, log2_ratio_near
 from .settings import on_host, traced
 from .slices import Scratch, cut, cut_pixels, dense
@@ -54,13 +54,16 @@ def softmax_losses(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, 
     losses, spread = _losses(logits, labels, weight, smoothing > 0)
     also = () if spread is None else (spread,)
     for y, label, ell, *rest in cut_pixels(target, labels, losses, *also):
-        y = y.long()  # a label of 156 is not -100
         ell.neg_()
         if weight is not None:
             ell.mul_(weight[label.long()])
         if smoothing:
             ell.mul_(1 - smoothing).sub_(rest[0], alpha=smoothing / classes)
-        ell.copy_(_mark(ell, y == label, y != cross_entropy.ignore_index))
+        if host.alone(ell):
+            host.mark(ell, y, label, cross_entropy.ignore_index)
+        else:
+            y = y.long()  # a label of 156 is not -100
+            ell.copy_(_mark(ell, y == label, y != cross_entropy.ignore_index))
     return PixelLosses(losses, (labels,))
 
 
@@ -194,7 +197,7 @@ def solve(pixels: PixelLosses, pool: Pool) -> Pooling:
 def _sum_above(losses: Tensor, pivot: Tensor, above: Tensor | None, tau: Tensor) -> Tensor:
     """τ·Σ_{ℓ > pivot} ℓ, (S,) in the wide type; `above`: how many they are, if known."""
     wide = tau.dtype
-    if not on_host(losses) or above is None or losses.dtype == wide:
+    if not on_host(losses) or above is None or losses.dtype == wide or losses.shape[1] <= host.SHORT:
         largest = torch.where(losses > pivot.unsqueeze(1), losses, 0.0)
         if losses.dtype != wide:
             return tau * largest.sum(1, dtype=wide)
@@ -202,10 +205,9 @@ def _sum_above(losses: Tensor, pivot: Tensor, above: Tensor | None, tau: Tensor)
         shrink = torch.where((largest > 1).any(1), 2.0**-40, 1.0)
         return tau * (largest * shrink.unsqueeze(1)).sum(1) / shrink
     # Twice as quick: those up to the pivot count as the pivot, and are taken off again.
-    total = torch.zeros_like(tau)
-    for row, least, out in zip(losses.split(1), pivot.tolist(), total.split(1), strict=True):
-        for (x,) in cut_pixels(row):
-            out += x.clamp_min(least).sum(dtype=wide)
+    total = torch.tensor(
+        [host.sum_above(*each) for each in zip(losses.split(1), pivot.tolist(), strict=True)], dtype=wide
+    )
     return tau * (total - (losses.shape[1] - above) * pivot.to(wide))
 
 
@@ -233,7 +235,7 @@ def relative_weights(losses: Tensor, exponent: Tensor, pivot: Tensor, base: Tens
         base: the pivot, 1 where that is not positive.
     """
     ratio = losses / base
-    if on_host(losses) and 0.2 <= (power := float(exponent)) <= 16:
+    if on_host(losses) and 0.2 <= (power := float(exponent)) <= host.LARGE:
         below = ratio.pow_(power).mul_((-drop).exp2())
     else:
         # Near 1 the logarithm comes from the difference, which is exact; further down from the ratio if there is one.
@@ -263,6 +265,10 @@ def pixel_weights(pixels: PixelLosses, solution: Tensor, grad_output: Tensor, dt
     losses = pixels.losses.view(solution.shape[1], -1)
     scale = (solution[STEP].unsqueeze(1) * grad_output.view(-1, 1)).expand_as(losses)
     out = torch.empty_like(losses, dtype=dtype)
+    if host.alone(losses) and dtype == losses.dtype and 0.2 <= (exponent := float(solution[EXPONENT, 0])) <= host.LARGE:
+        for i, (x, w) in enumerate(zip(losses.split(1), out.split(1), strict=True)):
+            host.weights(x, float(solution[PIVOT, i]), float(solution[DROP, i]), exponent, float(scale[i, 0]), w)
+        return out.view_as(pixels.losses)
     for x, factor, w, *found in cut_pixels(losses, scale, out, *_solution_of_losses(losses, solution)):
         # A NaN scale (a poisoned segment) times 0 is NaN as well: ignored pixels are set last.
         w.copy_(relative_weights(x, solution[EXPONENT, 0], *found).mul_(factor).masked_fill_(x == IGNORED, 0.0))

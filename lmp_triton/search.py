@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import checks, distributed
+from . import checks, distributed, host
 from .settings import on_host
-from .slices import GRAIN, cut_pixels
+from .slices import cut_pixels
 from .types import IGNORED
 
 LOG2E = 1.4426950408889634
@@ -135,13 +135,7 @@ def _counted(row: Tensor, ratio: Tensor, q: Tensor) -> Crossing:
     dtype = row.dtype
     integer, bits, _ = PATTERNS[dtype]
     shift, exponent_bits = bits - 15, 8 if dtype == torch.float32 else 11
-    counts = torch.empty(1 << 16, dtype=torch.int64)
-    for half in counts.split(GRAIN):  # by one thread
-        half.zero_()
-    one = counts.new_ones(1)
-    for (x,) in cut_pixels(row):
-        bins = (x.view(integer) >> shift).bitwise_and_(0xFFFF).long().view(-1)
-        counts.scatter_add_(0, bins, one.expand_as(bins))
+    counts = host.histogram(row.view(integer).view(-1), shift)
     infinite = ((1 << exponent_bits) - 1) << (15 - exponent_bits)
     ignored = int(torch.tensor(IGNORED, dtype=dtype).view(integer) >> shift) & 0xFFFF
     valid = row.shape[1] - counts[ignored].view(1)
@@ -175,20 +169,13 @@ def _counted(row: Tensor, ratio: Tensor, q: Tensor) -> Crossing:
     high = low * (1 + 2.0**-mantissa_bits) * (1 + 3 * margin) if log2_low < 1023.5 else math.inf
     t, high = (float(torch.tensor(min(x, torch.finfo(dtype).max), dtype=dtype)) for x in (low, high))
 
-    beyond, total, inside = torch.zeros_like(valid), torch.zeros_like(m), []
-    q_ = float(q)
-    for (x,) in cut_pixels(row):
-        up_to_t = x.clamp(0.0, t)
-        # Of a large q's powers only those of losses close to t count, and their logarithms must be exact.
-        power = up_to_t.div_(t).pow_(q_) if q_ <= 16 else log2_ratio_near(up_to_t, t).mul_(q_).exp2_()
-        total += power.sum(dtype=torch.float64)
-        over_t, over_high = x > t, x > high
-        beyond += over_high.sum()
-        inside.append(x[over_t.logical_xor_(over_high)])
-    near = torch.cat(inside).sort().values.view(1, -1)
+    total, beyond, inside = host.powers(row, t, high, float(q))
+    near = inside.sort().values.view(1, -1)
     # Each loss above t has added (t/t)^q = 1.
-    below = total - (beyond + near.shape[1])
-    return Crossing(valid, poisoned, m, *_scan_sorted(near, beyond, torch.full_like(m, t), below, m, q))
+    below = torch.full_like(m, total - (beyond + near.shape[1]))
+    return Crossing(
+        valid, poisoned, m, *_scan_sorted(near, torch.full_like(valid, beyond), torch.full_like(m, t), below, m, q)
+    )
 
 
 @functools.cache

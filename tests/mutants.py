@@ -69,6 +69,9 @@ EAGER_ORACLE = "tests/test_solver.py -k 'against and eager-1.3'"
 EAGER_COUNTS = "tests/test_solver.py -k 'exact_counts and eager'"
 EAGER_SMOOTHED = "tests/test_cross_entropy.py -k 'ratio_1 and eager-2-False-0.1'"
 EAGER_IGNORED = "tests/test_inputs.py -k 'one_image_ignored and eager'"
+EAGER_NUMPY = "tests/test_slices.py -k 'numpy and dtype0-1.3'"
+EAGER_MARKS = "tests/test_slices.py -k 'marks and 2-target_type0'"
+EAGER_CUT = "tests/test_slices.py -k 'all_there_is or (however and dtype0-contiguous)'"
 EAGER_BAD = "tests/test_inputs.py -k 'eager and (bad_losses or infinite_losses)'"
 
 MUTANTS = (
@@ -502,6 +505,62 @@ MUTANTS = (
         "scale = (valid >= 0).to(wide) / valid.numel()",
         EAGER_IGNORED,
         "eager: empty segments count in the mean",
+    ),
+    Mutant(
+        "lmp_triton/host.py",
+        "np.copyto(x, 1.0, where=ell > pivot)",
+        "np.copyto(x, 1.0, where=ell > 2 * pivot)",
+        EAGER_NUMPY,
+        "eager, NumPy: weights above 1",
+    ),
+    Mutant(
+        "lmp_triton/host.py",
+        "np.copyto(w, 0.0, where=ell == IGNORED)",
+        "pass",
+        EAGER_NUMPY,
+        "eager, NumPy: ignored losses get a weight",
+    ),
+    Mutant(
+        "lmp_triton/host.py",
+        "inside.append(ell[near ^ over])",
+        "inside.append(ell[near])",
+        EAGER_NUMPY,
+        "eager, NumPy: losses above the bracket counted twice",
+    ),
+    Mutant(
+        "lmp_triton/host.py",
+        "(some >> shift) & 0xFFFF",
+        "(some >> shift + 1) & 0xFFFF",
+        EAGER_NUMPY,
+        "eager, NumPy: a histogram of other bits",
+    ),
+    Mutant(
+        "lmp_triton/host.py",
+        "bad |= ~((ell >= 0) & (ell < np.inf))",
+        "bad |= ~(ell >= 0) & ~(ell < np.inf) & False",
+        EAGER_MARKS,
+        "eager, NumPy: undefined losses pass",
+    ),
+    Mutant(
+        "lmp_triton/host.py",
+        "np.copyto(ell, np.nan, where=bad)",
+        "pass",
+        EAGER_MARKS,
+        "eager, NumPy: bad labels pass",
+    ),
+    Mutant(
+        "lmp_triton/slices.py",
+        "pixels -= pixels % 16 if pixels > 16 else 0",
+        "pixels += 1",
+        EAGER_CUT,
+        "eager: slices larger than asked for",
+    ),
+    Mutant(
+        "lmp_triton/eager.py",
+        "d.addcmul_(w, share[:, None], value=-1)",
+        "d.addcmul_(w, share[:, None], value=1)",
+        EAGER_SMOOTHED,
+        "eager: the share of smoothing with the wrong sign",
     ),
     Mutant(
         "kernels/launch.py",

@@ -1,19 +1,25 @@
 """The eager backend on the CPU, cut into slices: the same result however it is cut, and no memory beyond them."""
 
 import itertools
+import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import Later, labelled
+from support import Later, labelled, oracle
 
 import lmp_triton
-from lmp_triton import slices
+from lmp_triton import eager, host, search, slices, types
 
 measure = Later("lmp_triton.perf.measure", "pandas")
 
-SMALL = {"GRAIN": 48, "CACHE": 160, "WHOLE": 200}
+SMALL = {
+    slices: {"GRAIN": 48, "CACHE": 160, "WHOLE": 200},
+    host: {"BLOCK": 32, "COUNTED": 50, "SHORT": 4},
+    search: {"SORTED_LENGTH": 16},
+}
 LAYOUTS = {
     "contiguous": lambda x: x,
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -29,8 +35,10 @@ def cut_small(monkeypatch):
 
     def change(threads, images):
         torch.set_num_threads(threads)
-        for name, value in {**SMALL, "IMAGES": images}.items():
-            monkeypatch.setattr(slices, name, value)
+        monkeypatch.setattr(slices, "IMAGES", images)
+        for module, limits in SMALL.items():
+            for name, value in limits.items():
+                monkeypatch.setattr(module, name, value)
 
     yield change
     torch.set_num_threads(before)
@@ -65,6 +73,46 @@ def test_however_it_is_cut(rng, cut_small, layout, dtype):
             torch.testing.assert_close(found_grad, grad, rtol=rounding, atol=rounding * 1e-3)
 
 
+@pytest.mark.parametrize("p", [1.0, 1.03, 1.06, 1.3, 3.0, 50.0, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numpy_does_what_pytorch_does(rng, cut_small, p, dtype):
+    """Two threads against three, which take the general form, and the oracle: zeros, ties, ignored ones, far apart."""
+    losses = torch.cat(
+        [torch.rand(2, 150), torch.zeros(2, 9), torch.full((2, 9), 0.7), 10 ** -torch.rand(2, 50) * 20], 1
+    )
+    losses, mask = losses.to(dtype), torch.rand(2, losses.shape[1]) < 0.9
+    found = []
+    for threads in (2, 3):
+        cut_small(threads, 600)
+        x = losses.clone().requires_grad_()
+        value, stats = lmp_triton.pool_losses(x, mask, p=p, ratio=0.3, backend="eager", return_stats=True)
+        found.append((value.detach(), *torch.autograd.grad(value, x), stats.alpha, stats.saturated))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-8)
+    for row in range(2):
+        ell = losses[row][mask[row]]
+        solution = oracle(ell, p, 0.3)
+        weights = 2 * found[0][1][row][mask[row]].double().numpy()
+        np.testing.assert_allclose(weights, solution.weights, rtol=0, atol=1e-6 * solution.tau)
+
+
+@pytest.mark.parametrize("target_type", [torch.int64, torch.int16, torch.uint8])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_marks(rng, cut_small, threads, target_type):
+    """Ignored pixels, labels out of range, infinite and undefined losses, in some blocks and not in others."""
+    cut_small(threads, 600)
+    logits, target = labelled((2, 300), 5)
+    target[target == 255] = 4
+    target[0, :100:7], target[1, 3], logits[0, :, 200], logits[1, :, 150] = 255, 77, torch.nan, torch.nan
+    target[1, 150] = 255
+    logits[1, target[1, 260], 260] = -math.inf
+    pixels = eager.softmax_losses(logits, target.to(target_type), types.CrossEntropy(ignore_index=255), "image")
+    ell = F.cross_entropy(logits, target.clamp(0, 4), reduction="none")
+    ell[1, 3] = ell[1, 260] = torch.nan
+    torch.testing.assert_close(pixels.losses, ell.masked_fill(target == 255, -1.0), equal_nan=True)
+    minus = eager.softmax_losses(logits, target.to(target_type), types.CrossEntropy(ignore_index=-100), "image").losses
+    assert minus[target == 255].isnan().all()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_slices_are_all_there_is(cut_small, threads):
     cut_small(threads, 600)
@@ -74,10 +122,12 @@ def test_slices_are_all_there_is(cut_small, threads):
             for part, pixels in slices.cut(x, seen, images=images):
                 part += 1
                 pixels += 1
-                assert images != 600 or part.numel() <= max(600, shape[1])
+                image = shape[1] * shape[2]
+                most = 160 if threads == 1 else images if image <= images else 200
+                assert part.numel() <= max(most, shape[1]) or x.numel() <= 200
         for (pixels,) in slices.cut_pixels(seen):
             pixels += 1
-            assert pixels.numel() <= 3 * 160
+            assert pixels.numel() <= max(48, {1: 160, 2: 48, 3: 480}[threads])
         assert (x == 2).all() and (seen == 3).all()
 
 
