@@ -1,5 +1,6 @@
 """What several tests share: the machine they run on, inputs, the oracle, every way to a solution."""
 
+import contextlib
 import importlib
 
 import pytest
@@ -29,6 +30,32 @@ def configure(monkeypatch, **changes):
         entry = getattr(table, name)
         table = table._replace(**{name: entry._replace(**change) if isinstance(change, dict) else change})
     monkeypatch.setattr(configs, "table", lambda device: table)
+
+
+@contextlib.contextmanager
+def cut_small(threads, images=600):
+    """Passes of the eager backend over a hundred numbers go by as many slices and blocks as over millions.
+
+    With one or two threads by NumPy, with more by PyTorch; images: elements of a temporary of whole images.
+    """
+    from lmp_triton import host, search, slices
+
+    limits = {
+        slices: {"GRAIN": 48, "CACHE": 160, "WHOLE": 200, "IMAGES": images},
+        host: {"BLOCK": 32, "COUNTED": 50, "SHORT": 4},
+        search: {"SORTED_LENGTH": 16},
+    }
+    before = {module: {name: getattr(module, name) for name in names} for module, names in limits.items()}
+    threads_before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for module, values in limits.items():
+            vars(module).update(values)
+        yield
+    finally:
+        torch.set_num_threads(threads_before)
+        for module, values in before.items():
+            vars(module).update(values)
 
 
 def oracle(losses, p, ratio):

@@ -8,18 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import Later, labelled, oracle
+from support import Later, cut_small, labelled, oracle
 
 import lmp_triton
-from lmp_triton import eager, host, search, slices, types
+from lmp_triton import eager, slices, types
 
 measure = Later("lmp_triton.perf.measure", "pandas")
 
-SMALL = {
-    slices: {"GRAIN": 48, "CACHE": 160, "WHOLE": 200},
-    host: {"BLOCK": 32, "COUNTED": 50, "SHORT": 4},
-    search: {"SORTED_LENGTH": 16},
-}
 LAYOUTS = {
     "contiguous": lambda x: x,
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -28,25 +23,9 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture
-def cut_small(monkeypatch):
-    """cut_small(threads, images): so many threads, and limits that some hundred elements are above."""
-    before = torch.get_num_threads()
-
-    def change(threads, images):
-        torch.set_num_threads(threads)
-        monkeypatch.setattr(slices, "IMAGES", images)
-        for module, limits in SMALL.items():
-            for name, value in limits.items():
-                monkeypatch.setattr(module, name, value)
-
-    yield change
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_however_it_is_cut(rng, cut_small, layout, dtype):
+def test_however_it_is_cut(rng, layout, dtype):
     """Against all at once: one, two and three threads; whole images and parts of them; every form of the gradient."""
     logits, target = labelled((3, 9, 11), 5, dtype)
     logits[1, :, 2, 3] = torch.nan  # of a pixel that is ignored
@@ -66,16 +45,16 @@ def test_however_it_is_cut(rng, cut_small, layout, dtype):
     expected = [both(o) for o in options]
     rounding = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-12}[dtype]
     for threads, images in itertools.product((1, 2, 3), (100, 600, 1200)):
-        cut_small(threads, images)
         for o, (loss, grad) in zip(options, expected, strict=True):
-            found, found_grad = both(o)
+            with cut_small(threads, images):
+                found, found_grad = both(o)
             torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
             torch.testing.assert_close(found_grad, grad, rtol=rounding, atol=rounding * 1e-3)
 
 
 @pytest.mark.parametrize("p", [1.0, 1.03, 1.06, 1.3, 3.0, 50.0, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_numpy_does_what_pytorch_does(rng, cut_small, p, dtype):
+def test_numpy_does_what_pytorch_does(rng, p, dtype):
     """Two threads against three, which take the general form, and the oracle: zeros, ties, ignored ones, far apart."""
     losses = torch.cat(
         [torch.rand(2, 150), torch.zeros(2, 9), torch.full((2, 9), 0.7), 10 ** -torch.rand(2, 50) * 20], 1
@@ -83,10 +62,10 @@ def test_numpy_does_what_pytorch_does(rng, cut_small, p, dtype):
     losses, mask = losses.to(dtype), torch.rand(2, losses.shape[1]) < 0.9
     found = []
     for threads in (2, 3):
-        cut_small(threads, 600)
         x = losses.clone().requires_grad_()
-        value, stats = lmp_triton.pool_losses(x, mask, p=p, ratio=0.3, backend="eager", return_stats=True)
-        found.append((value.detach(), *torch.autograd.grad(value, x), stats.alpha, stats.saturated))
+        with cut_small(threads):
+            value, stats = lmp_triton.pool_losses(x, mask, p=p, ratio=0.3, backend="eager", return_stats=True)
+            found.append((value.detach(), *torch.autograd.grad(value, x), stats.alpha, stats.saturated))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-8)
     for row in range(2):
         ell = losses[row][mask[row]]
@@ -97,38 +76,40 @@ def test_numpy_does_what_pytorch_does(rng, cut_small, p, dtype):
 
 @pytest.mark.parametrize("target_type", [torch.int64, torch.int16, torch.uint8])
 @pytest.mark.parametrize("threads", [2, 3])
-def test_marks(rng, cut_small, threads, target_type):
+def test_marks(rng, threads, target_type):
     """Ignored pixels, labels out of range, infinite and undefined losses, in some blocks and not in others."""
-    cut_small(threads, 600)
     logits, target = labelled((2, 300), 5)
     target[target == 255] = 4
     target[0, :100:7], target[1, 3], logits[0, :, 200], logits[1, :, 150] = 255, 77, torch.nan, torch.nan
     target[1, 150] = 255
     logits[1, target[1, 260], 260] = -math.inf
-    pixels = eager.softmax_losses(logits, target.to(target_type), types.CrossEntropy(ignore_index=255), "image")
+    with cut_small(threads):
+        pixels, minus = (
+            eager.softmax_losses(logits, target.to(target_type), types.CrossEntropy(ignore_index=i), "image").losses
+            for i in (255, -100)
+        )
     ell = F.cross_entropy(logits, target.clamp(0, 4), reduction="none")
     ell[1, 3] = ell[1, 260] = torch.nan
-    torch.testing.assert_close(pixels.losses, ell.masked_fill(target == 255, -1.0), equal_nan=True)
-    minus = eager.softmax_losses(logits, target.to(target_type), types.CrossEntropy(ignore_index=-100), "image").losses
+    torch.testing.assert_close(pixels, ell.masked_fill(target == 255, -1.0), equal_nan=True)
     assert minus[target == 255].isnan().all()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_slices_are_all_there_is(cut_small, threads):
-    cut_small(threads, 600)
-    for shape in ((1, 5, 7), (3, 5, 99), (2, 1, 400), (7, 5, 1), (400, 3, 1), (2, 300, 2), (0, 3, 5), (2, 3, 0)):
-        x, seen = torch.zeros(shape), torch.zeros(shape[0], shape[2])
-        for images in (600, sys.maxsize):
-            for part, pixels in slices.cut(x, seen, images=images):
-                part += 1
+def test_slices_are_all_there_is(threads):
+    with cut_small(threads):
+        for shape in ((1, 5, 7), (3, 5, 99), (2, 1, 400), (7, 5, 1), (400, 3, 1), (2, 300, 2), (0, 3, 5), (2, 3, 0)):
+            x, seen = torch.zeros(shape), torch.zeros(shape[0], shape[2])
+            for images in (600, sys.maxsize):
+                for part, pixels in slices.cut(x, seen, images=images):
+                    part += 1
+                    pixels += 1
+                    image = shape[1] * shape[2]
+                    most = 160 if threads == 1 else images if image <= images else 200
+                    assert part.numel() <= max(most, shape[1]) or x.numel() <= 200
+            for (pixels,) in slices.cut_pixels(seen):
                 pixels += 1
-                image = shape[1] * shape[2]
-                most = 160 if threads == 1 else images if image <= images else 200
-                assert part.numel() <= max(most, shape[1]) or x.numel() <= 200
-        for (pixels,) in slices.cut_pixels(seen):
-            pixels += 1
-            assert pixels.numel() <= max(48, {1: 160, 2: 48, 3: 480}[threads])
-        assert (x == 2).all() and (seen == 3).all()
+                assert pixels.numel() <= max(48, {1: 160, 2: 48, 3: 480}[threads])
+            assert (x == 2).all() and (seen == 3).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
