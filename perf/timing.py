@@ -103,8 +103,8 @@ def _timed(
             for name, clocks in measure.clock(runs, inputs, device).items():
                 shared: Row = {"pass": "forward+backward" if backward else "forward"}
                 every: dict[str, measure.Series | str] = dict(clocks)
+                shared |= _of_one_run(runs[name], inputs[0])
                 if cuda:
-                    shared |= _on_the_gpu(runs[name], inputs[0])
                     try:
                         every["graph"] = measure.graph(runs[name], inputs[0])
                     except Exception as error:
@@ -125,10 +125,13 @@ def row(clock: str, times: measure.Series | str, least: int, roof: float) -> Row
     return found
 
 
-def _on_the_gpu(run: Any, inputs: tuple[Any, ...]) -> Row:
+def _of_one_run(run: Any, inputs: tuple[Any, ...]) -> Row:
+    """Memory, and on a GPU what was launched."""
+    peak: Row = {"peak_mib": measure.peak_bytes(run, inputs) / 2**20}
+    if inputs[0].device.type != "cuda":
+        return peak
     on_device = measure.device_times(run, inputs)
-    return {
+    return peak | {
         "launches": len(on_device),
         "kernels_us": "; ".join(f"{name.split('(')[0][-40:]}={us:.1f}" for name, us in on_device[:12]),
-        "peak_mib": measure.peak_bytes(run, inputs) / 2**20,
     }
