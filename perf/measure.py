@@ -176,9 +176,23 @@ def peak_bytes(run: Callable[..., None], inputs: tuple[Any, ...]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """What libraries write to the standard error on their own is dropped: the profiler remarks on each use."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _peak_on_the_cpu(run: Callable[..., None], inputs: tuple[Any, ...]) -> int:
     """From every allocation and release that PyTorch's profiler sees (`tracemalloc` does not see what tensors hold)."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with _silent(), torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         run(*inputs)
     assert profile.profiler is not None
     events = profile.profiler.kineto_results.events()

@@ -96,6 +96,25 @@ def tuned(**changes: object) -> Callable[[Workload | Losses], Loss]:
     return make
 
 
+def large(loss: Loss) -> Loss:
+    """Of logits that are first interpolated to the size of the labels."""
+    return lambda logits, target: loss(F.interpolate(logits, target.shape[1:], mode="bilinear"), target)
+
+
+def upsampled(backend: str, ratio: float | None = None) -> Callable[[Workload], Loss]:
+    """This project's loss of logits smaller than the labels; ratio: instead of the workload's."""
+
+    def make(workload: Workload) -> Loss:
+        if backend == "triton" and not torch.cuda.is_available():
+            raise Unavailable("the kernels need a GPU")
+        ratio_ = workload.ratio if ratio is None else ratio
+        return functools.partial(
+            lmp_triton.upsampled_loss_max_pooling, p=workload.p, ratio=ratio_, scope=workload.scope, backend=backend
+        )
+
+    return make
+
+
 def compiled(make: Callable[[Any], Loss]) -> Callable[[Any], Loss]:
     """The same under torch.compile."""
     return lambda workload: torch.compile(make(workload), fullgraph=True, dynamic=False)
@@ -260,6 +279,18 @@ PROVIDERS = {
     "OHEM (mmseg)": Provider(ohem),
     "Lovász (smp)": Provider(lovasz),
 }
+LARGE = "F.interpolate + F.cross_entropy"
+UPSAMPLED = {
+    "lmp_triton, upsampled": Provider(upsampled("triton"), pooled=True),
+    "lmp_triton, upsampled, ratio=1": Provider(upsampled("triton", 1.0)),
+    "lmp_triton, eager, upsampled": Provider(upsampled("eager"), pooled=True),
+    "lmp_triton, eager, upsampled, ratio=1": Provider(upsampled("eager", 1.0)),
+    "F.interpolate + lmp_triton": Provider(lambda workload: large(ours("triton")(workload)), pooled=True),
+    "F.interpolate + lmp_triton, eager": Provider(lambda workload: large(ours("eager")(workload)), pooled=True),
+    LARGE: Provider(lambda workload: large(F.cross_entropy)),
+    f"{LARGE}, compiled": Provider(compiled(lambda workload: large(F.cross_entropy))),
+}
+"""Of logits smaller than the labels."""
 SOLVERS = {
     "lmp_triton": Provider(ours("triton"), pooled=True),
     "lmp_triton, eager": Provider(ours("eager"), pooled=True),
@@ -279,6 +310,10 @@ def check(inputs: tuple[Tensor, Tensor | None], value: Tensor, workload: Workloa
     if isinstance(workload, Losses):
         expected, worst = _check_losses(values.detach(), values.grad, workload)
         allowed = 2e-5
+    elif workload.stride > 1:
+        assert target is not None
+        expected, worst = _check_upsampled(values.detach(), target, values.grad, workload)
+        allowed = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}[values.dtype]
     else:
         assert target is not None
         expected, worst = _check_logits(values.detach(), target, values.grad, workload)
@@ -318,4 +353,23 @@ def _check_logits(x: Tensor, target: Tensor, grad: Tensor, workload: Workload) -
         want *= weights / images
         error = (slope[i][:, at].double() - want).abs().max().item()
         worst = max(worst, error / (solution.tau / images))
+    return expected, worst
+
+
+def _check_upsampled(x: Tensor, target: Tensor, grad: Tensor, workload: Workload) -> tuple[float, float]:
+    """The oracle's loss, and the largest error of the gradient of one image in units of τ·stride², all in float64."""
+    images, expected, worst = x.shape[0], 0.0, 0.0
+    for i in range(images):
+        small = x[i : i + 1].double().requires_grad_()
+        losses = large(functools.partial(F.cross_entropy, reduction="none"))(small, target[i : i + 1])
+        place = target[i : i + 1] != -100
+        ell = losses[place].detach().cpu().numpy()
+        solution = reference.solve(ell, reference.support(ell.size, workload.ratio), workload.p)
+        expected += solution.loss / images
+        if i:
+            continue
+        weights = torch.zeros_like(losses)
+        weights[place] = torch.as_tensor(solution.weights, device=x.device)
+        (want,) = torch.autograd.grad(losses, small, weights / images)
+        worst = float((grad[i : i + 1] - want).abs().max()) / (solution.tau / images * workload.stride**2)
     return expected, worst

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from . import host, timing
-from .providers import PROVIDERS, SOLVERS, Provider, cross_entropy, ours, tuned
+from .providers import PROVIDERS, SOLVERS, UPSAMPLED, Provider, cross_entropy, ours, tuned
 from .workloads import (
     BUSY,
     BUSY_SEGMENTS,
@@ -18,6 +18,9 @@ from .workloads import (
     SEGMENTS,
     TINY,
     TINY_SEGMENTS,
+    TINY_UPSAMPLING,
+    UPSAMPLING,
+    UPSAMPLING_CPU,
     Losses,
     Workload,
 )
@@ -67,9 +70,11 @@ SETS = {
         ((BUSY, EAGERS), (BUSY_SEGMENTS, EAGER_SOLVERS)),
     ),
     "solvers": Set("the solver alone, against sort, topk and mpl.pytorch's algorithm", ((SEGMENTS, SOLVERS),)),
+    "upsampling": Set("logits smaller than the labels: in one, or interpolated first", ((UPSAMPLING, UPSAMPLED),)),
+    "upsampling-cpu": Set("the same, as much as a CPU does in minutes", ((UPSAMPLING_CPU, UPSAMPLED),)),
     "host": Set(
         "host time up to the driver, on a GPU that is not there", (((Workload(PAPER[0]),), HOST),), host.rows_of
     ),
     "tune": Set("entries of the table of the search beside each other, on a GPU", ((CORE, TUNED),)),
-    "tiny": Set("for the tests", ((TINY, PROVIDERS), (TINY_SEGMENTS, SOLVERS))),
+    "tiny": Set("for the tests", ((TINY, PROVIDERS), (TINY_SEGMENTS, SOLVERS), (TINY_UPSAMPLING, UPSAMPLED))),
 }

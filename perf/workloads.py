@@ -24,11 +24,13 @@ class Workload(NamedTuple):
     """Timed beside one spinning process a core."""
     p: float = 1.3
     ratio: float = 0.25
+    stride: int = 1
+    """How much smaller the logits are than the labels, whose (N, C, *spatial) the shape is then."""
 
     @property
     def name(self) -> str:
         """As it stands in the tables."""
-        size = "x".join(map(str, self.shape))
+        size = "x".join(map(str, self.shape)) + (f" from stride {self.stride}" if self.stride > 1 else "")
         layout = "" if self.layout == "contiguous" else " channels_last"
         return f"{size} {self.dtype}{layout} {self.losses}" + (" busy" if self.busy else "")
 
@@ -40,19 +42,28 @@ class Workload(NamedTuple):
     @property
     def logits_bytes(self) -> int:
         """Of the logits."""
-        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+        return math.prod(self._logits_shape) * getattr(torch, self.dtype).itemsize
+
+    @property
+    def _logits_shape(self) -> tuple[int, ...]:
+        n, classes, *spatial = self.shape
+        return (n, classes, *(-(-x // self.stride) for x in spatial))
 
     def make(self, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
         """Logits, a leaf that wants a gradient, and target, int64, one pixel in twenty ignored (−100)."""
         generator = torch.Generator(device).manual_seed(seed)
-        n, classes, *spatial = self.shape
+        n, classes, *spatial = self._logits_shape
         target = torch.randint(classes, (n, *spatial), generator=generator, device=device)
         spread = 0.4 if self.losses == "untrained" else 1.0
-        logits = torch.empty(self.shape, dtype=getattr(torch, self.dtype), device=device)
+        logits = torch.empty(self._logits_shape, dtype=getattr(torch, self.dtype), device=device)
         logits.normal_(0, spread, generator=generator)
         if self.losses == "trained":
             right = torch.rand(target.shape, generator=generator, device=device) < 0.95
             logits.scatter_add_(1, target.unsqueeze(1), (8 * right).to(logits.dtype).unsqueeze(1))
+        if self.stride > 1:  # squares of one label
+            for dim, size in enumerate(self.shape[2:], 1):
+                target = target.repeat_interleave(self.stride, dim).narrow(dim, 0, size)
+            target = target.contiguous()
         target[torch.rand(target.shape, generator=generator, device=device) < 0.05] = -100
         if self.layout == "channels_last":
             logits = logits.contiguous(memory_format=torch.channels_last)
@@ -132,5 +143,8 @@ SEGMENTS = tuple(
     for losses in ("untrained", "trained")
     for p in (1.0, 1.3)
 )
+UPSAMPLING = tuple(Workload((8, 19, 1024, 1024), losses="trained", stride=stride) for stride in (4, 8, 16))
+UPSAMPLING_CPU = tuple(Workload((2, 19, 544, 544), "float32", losses="trained", stride=s) for s in (4, 8, 16))
 TINY = (Workload((2, 5, 24, 20), "float32"), Workload((300, 7), "float32", losses="trained"))
+TINY_UPSAMPLING = (Workload((2, 5, 23, 20), "float32", stride=4),)
 TINY_SEGMENTS = (Losses(500, "trained", p=1.0), Losses(500, "untrained"))

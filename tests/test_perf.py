@@ -103,6 +103,28 @@ def test_providers(name):
         assert value.isfinite() and logits.grad.isfinite().all()
 
 
+def test_upsampling_is_timed_beside_interpolation():
+    """Loss and gradient against the oracle's through a float64 interpolation; memory from PyTorch's allocations."""
+    some = ("lmp_triton, eager, upsampled", "F.interpolate + lmp_triton, eager", providers.LARGE)
+    for workload in (*workloads.TINY_UPSAMPLING, workloads.TINY[0]._replace(stride=8, shape=(1, 7, 200, 200))):
+        logits, target = workload.make(torch.device("cpu"), 3)
+        assert target.shape[1:] == workload.shape[2:] and logits.numel() < target.numel()
+        found = sets.timing.rows_of(workload, {n: providers.UPSAMPLED[n] for n in some}, torch.device("cpu"), 1e9)
+        assert [row["status"] for name in some for row in found[name]] == ["ok"] * 6
+    peaks = {name: found[name][-1]["peak_mib"] for name in some}
+    large = 7 * 200 * 200 * 4 / 2**20
+    assert (
+        0 < peaks[some[0]] < 0.75 * peaks[providers.LARGE] and min(peaks[some[1]], peaks[providers.LARGE]) > 2 * large
+    )
+
+
+def test_a_wrong_upsampled_gradient_gets_no_time(monkeypatch):
+    name = "lmp_triton, eager, upsampled"
+    wrong = providers.Provider(lambda w: lambda x, y: 0.99 * providers.UPSAMPLED[name].make(w)(x, y), pooled=True)
+    found = sets.timing.rows_of(workloads.TINY_UPSAMPLING[0], {name: wrong}, torch.device("cpu"), 1e9)
+    assert found[name][0]["status"].startswith("wrong: the loss is")
+
+
 def test_workloads():
     """The trained ones are sure of most pixels, the untrained of none; both have ignored pixels."""
     for workload in workloads.TINY:
