@@ -10,6 +10,9 @@ read, the gradient of these written, 9 bytes a pixel written, 13 read); an expon
 each way, where none is spared, 16 a cycle and multiprocessor; and what is counted here, all instructions issued. The
 largest is the unit that limits. Where a row of a program has labels of one or two of its parts of the classes, what
 these cost is not counted ("slots, most" of perf/static.py has all).
+
+Memory is counted, not modelled: the most above logits and labels, from PyTorch's allocations while the launches happen
+on a GPU that is not there, and of F.interpolate + F.cross_entropy while a CPU does it for one image, times the images.
 """
 
 from __future__ import annotations
@@ -17,14 +20,18 @@ from __future__ import annotations
 import argparse
 
 import pandas as pd
+import torch
+import torch.nn.functional as F
+from lmp_triton.perf import catalogue, measure, providers, roofline, static
+from lmp_triton.perf.compiled import read
+from lmp_triton.perf.standin import StandIn
+from torch import Tensor
+
+import lmp_triton
 
 
 def model(architecture: int, strides: list[int]) -> pd.DataFrame:
     """Microseconds of each launch of forward and backward in bf16, and the floors."""
-    from lmp_triton.perf import catalogue, roofline, static
-    from lmp_triton.perf.compiled import read
-    from lmp_triton.perf.standin import StandIn
-
     images, classes, height, width = shape = (8, 19, 1024, 1024)
     pixels, device = images * height * width, roofline.DEVICES[architecture]
     rows = []
@@ -65,9 +72,27 @@ def model(architecture: int, strides: list[int]) -> pd.DataFrame:
                 "exponentials us": 2 * pixels * classes / 16 / per_us,
                 "issued us": issued,
                 "large logits, floor us": roofline.floors(device, pixels, classes)[0],
+                **memory(architecture, shape, stride),
             }
         )
     return pd.DataFrame(rows)
+
+
+def memory(architecture: int, shape: tuple[int, int, int, int], stride: int) -> dict[str, float]:
+    """MB above logits and labels of that (N, C, H, W), fused and not."""
+    images, classes, *size = shape
+    logits = torch.randn(images, classes, *(n // stride for n in size)).bfloat16().requires_grad_()
+    target = torch.zeros(images, *size, dtype=torch.long)
+
+    def fused(logits: Tensor, target: Tensor) -> None:
+        loss = lmp_triton.upsampled_loss_max_pooling(logits, target, backend="triton")
+        torch.autograd.grad(loss, logits, torch.empty_like(loss))
+
+    with StandIn(architecture, roofline.DEVICES[architecture].multiprocessors):
+        ours = measure.peak_bytes(fused, (logits, target)) / 1e6
+    one = logits.detach()[:1].requires_grad_(), target[:1]
+    theirs = images * measure.peak_bytes(measure.one_pass(providers.large(F.cross_entropy), True), one) / 1e6
+    return {"MB": ours, "MB, interpolated + cross-entropy": theirs, "of its memory": ours / theirs}
 
 
 def main() -> None:
