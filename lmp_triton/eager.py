@@ -205,9 +205,7 @@ def _sum_above(losses: Tensor, pivot: Tensor, above: Tensor | None, tau: Tensor)
         shrink = torch.where((largest > 1).any(1), 2.0**-40, 1.0)
         return tau * (largest * shrink.unsqueeze(1)).sum(1) / shrink
     # Twice as quick: those up to the pivot count as the pivot, and are taken off again.
-    total = torch.tensor(
-        [host.sum_above(*each) for each in zip(losses.split(1), pivot.tolist(), strict=True)], dtype=wide
-    )
+    total = tau.new_tensor([host.sum_above(*each) for each in zip(losses.split(1), pivot.tolist(), strict=True)])
     return tau * (total - (losses.shape[1] - above) * pivot.to(wide))
 
 

@@ -7,9 +7,10 @@ blocks that stay in the cache.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from .settings import on_host
 from .types import IGNORED
 
 Array = NDArray[Any]
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 BLOCK = 1 << 15
 """Numbers of a block."""
@@ -32,6 +35,17 @@ SHORT = 1 << 12
 
 COUNTED = 1 << 20
 """Losses counted at a time: `numpy.bincount` makes integers of 8 bytes of them."""
+
+
+def quiet(function: Callable[P, T]) -> Callable[P, T]:
+    """Zeros, NaN, powers too small and what is computed of an ignored loss are no errors, whatever NumPy is told."""
+
+    @functools.wraps(function)
+    def within(*args: P.args, **kwargs: P.kwargs) -> T:
+        with np.errstate(all="ignore"):  # a new one: several threads may be here
+            return function(*args, **kwargs)
+
+    return within
 
 
 def alone(x: Tensor) -> bool:
@@ -51,19 +65,19 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Array, ...]]:
             yield tuple(row[start : start + BLOCK] for row in rows)
 
 
+@quiet
 def mark(losses: Tensor, target: Tensor, labels: Tensor, ignore_index: int) -> None:
     """NaN where there is no loss (bad label, negative or infinite loss), `IGNORED` where so labelled; in place.
 
     Args:
         labels: the target inside [0, C).
     """
-    with np.errstate(invalid="ignore"):
-        for ell, y, label in blocks(losses, target, labels):
-            bad = y != label
-            if not (ell.min() >= 0 and ell.max() < np.inf):
-                bad |= ~((ell >= 0) & (ell < np.inf))
-            np.copyto(ell, np.nan, where=bad)
-            np.copyto(ell, IGNORED, where=y == ignore_index)
+    for ell, y, label in blocks(losses, target, labels):
+        bad = y != label
+        if not (ell.min() >= 0 and ell.max() < np.inf):
+            bad |= ~((ell >= 0) & (ell < np.inf))
+        np.copyto(ell, np.nan, where=bad)
+        np.copyto(ell, IGNORED, where=y == ignore_index)
 
 
 def histogram(bits: Tensor, shift: int) -> Tensor:
@@ -74,6 +88,7 @@ def histogram(bits: Tensor, shift: int) -> Tensor:
     return torch.from_numpy(counts)
 
 
+@quiet
 def powers(losses: Tensor, t: float, high: float, q: float) -> tuple[float, int, Tensor]:
     """Of losses (1, n): Σ (min(ℓ, t)/t)^q over the positive ones, how many are above `high`, and those in (t, high].
 
@@ -81,31 +96,32 @@ def powers(losses: Tensor, t: float, high: float, q: float) -> tuple[float, int,
         q: of a large one only the powers of losses close to t count, and their logarithms must be exact.
     """
     total, beyond, inside = 0.0, 0, []
-    with np.errstate(divide="ignore"):  # the logarithm of 0
-        for (ell,) in blocks(losses):
-            x = np.clip(ell, 0, t)
-            if q <= LARGE:
-                x /= t
-                np.log2(x, out=x)
-                x *= q
-            else:  # `search.log2_ratio_near`
-                x -= t
-                x /= t
-                x /= x + 2
-                np.arctanh(x, out=x)
-                x *= 2 * math.log2(math.e) * q
-            total += float(np.exp2(x, out=x).sum(dtype=np.float64))
-            near, over = ell > t, ell > high
-            beyond += int(np.count_nonzero(over))
-            inside.append(ell[near ^ over])
+    for (ell,) in blocks(losses):
+        x = np.clip(ell, 0, t)
+        if q <= LARGE:
+            x /= t
+            np.log2(x, out=x)
+            x *= q
+        else:  # `search.log2_ratio_near`
+            x -= t
+            x /= t
+            x /= x + 2
+            np.arctanh(x, out=x)
+            x *= 2 * math.log2(math.e) * q
+        total += float(np.exp2(x, out=x).sum(dtype=np.float64))
+        near, over = ell > t, ell > high
+        beyond += int(np.count_nonzero(over))
+        inside.append(ell[near ^ over])
     return total, beyond, torch.from_numpy(np.concatenate(inside))
 
 
+@quiet
 def sum_above(losses: Tensor, least: float) -> float:
     """Σ max(ℓ, least) of losses (1, n)."""
     return float(sum(np.clip(ell, least, None).sum(dtype=np.float64) for (ell,) in blocks(losses)))
 
 
+@quiet
 def weights(losses: Tensor, pivot: float, drop: float, exponent: float, scale: float, out: Tensor) -> None:
     """scale·w*/τ of losses (1, n) into `out`: see `eager.relative_weights`; 0 of an ignored one.
 
@@ -113,13 +129,12 @@ def weights(losses: Tensor, pivot: float, drop: float, exponent: float, scale: f
         exponent: q − 1, above 0 and at most `LARGE`.
     """
     base = pivot if pivot > 0 else 1.0
-    with np.errstate(all="ignore"):  # ignored ones, zeros, NaN, ratios above the largest number
-        for ell, w in blocks(losses, out):
-            x = ell / base
-            np.log2(x, out=x)
-            x *= exponent
-            x -= drop
-            np.exp2(x, out=x)
-            np.copyto(x, 1.0, where=ell > pivot)
-            np.multiply(x, scale, out=w, casting="same_kind")
-            np.copyto(w, 0.0, where=ell == IGNORED)
+    for ell, w in blocks(losses, out):
+        x = ell / base
+        np.log2(x, out=x)
+        x *= exponent
+        x -= drop
+        np.exp2(x, out=x)
+        np.copyto(x, 1.0, where=ell > pivot)
+        np.multiply(x, scale, out=w, casting="same_kind")
+        np.copyto(w, 0.0, where=ell == IGNORED)

@@ -90,7 +90,7 @@ class LossMaxPooling(nn.Module):
             if not isinstance(value, Tensor):
                 continue
             if value.is_meta:  # it lost its value: what replaces it must not pass for one
-                device = fn(torch.zeros(())).device
+                device = fn(torch.zeros((), device="cpu")).device
                 setattr(self, name, torch.full_like(value, torch.nan, device=device))
             else:
                 setattr(self, name, value.to(fn(value).device))

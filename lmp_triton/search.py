@@ -137,7 +137,7 @@ def _counted(row: Tensor, ratio: Tensor, q: Tensor) -> Crossing:
     shift, exponent_bits = bits - 15, 8 if dtype == torch.float32 else 11
     counts = host.histogram(row.view(integer).view(-1), shift)
     infinite = ((1 << exponent_bits) - 1) << (15 - exponent_bits)
-    ignored = int(torch.tensor(IGNORED, dtype=dtype).view(integer) >> shift) & 0xFFFF
+    ignored = int(row.new_tensor(IGNORED).view(integer) >> shift) & 0xFFFF
     valid = row.shape[1] - counts[ignored].view(1)
     m = support(valid, ratio)
     nothing = torch.zeros_like(m)
@@ -167,7 +167,7 @@ def _counted(row: Tensor, ratio: Tensor, q: Tensor) -> Crossing:
     log2_low = float(edges[last]) - bias + math.log2(power_sum[last] / (m - above[last])) / float(q)
     low = 2.0 ** min(log2_low, 1023.5) * (1 - margin)
     high = low * (1 + 2.0**-mantissa_bits) * (1 + 3 * margin) if log2_low < 1023.5 else math.inf
-    t, high = (float(torch.tensor(min(x, torch.finfo(dtype).max), dtype=dtype)) for x in (low, high))
+    t, high = (float(row.new_tensor(min(x, torch.finfo(dtype).max))) for x in (low, high))
 
     total, beyond, inside = host.powers(row, t, high, float(q))
     near = inside.sort().values.view(1, -1)
@@ -181,7 +181,7 @@ def _counted(row: Tensor, ratio: Tensor, q: Tensor) -> Crossing:
 @functools.cache
 def _log2_mantissas(bits: int) -> Tensor:
     """log2 of 1 + i·2^-bits."""
-    return torch.tensor([math.log2(1 + i * 2.0**-bits) for i in range(1 << bits)], dtype=torch.float64)
+    return torch.tensor([math.log2(1 + i * 2.0**-bits) for i in range(1 << bits)], dtype=torch.float64, device="cpu")
 
 
 def _scan_sorted(
@@ -202,7 +202,7 @@ def _scan_sorted(
     k, values = ascending.shape[1], ascending.double()
     if not k:
         return start.to(ascending.dtype), beyond, below, torch.zeros_like(beyond)
-    place = torch.arange(k)
+    place = torch.arange(k, device=ascending.device)
     at = k - (m.ceil().long() - beyond)
     base = torch.where(at >= 0, values.gather(1, at.clamp(0, k - 1).unsqueeze(1)).squeeze(1), start)
     some = base > 0

@@ -77,12 +77,12 @@ class Scratch:
     """Memory for the temporary of one slice (n, C, l), used again for the next: the first is the largest."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._buffer = torch.empty(0, dtype=dtype)
+        self._buffer = torch.empty(0, dtype=dtype, device="cpu")
 
     def like(self, x: Tensor) -> Tensor:
         """A tensor of the shape of x, dense, with the classes where x has them; not initialised."""
         if self._buffer.numel() < x.numel():
-            self._buffer = torch.empty(x.numel(), dtype=self._buffer.dtype)
+            self._buffer = self._buffer.new_empty(x.numel())
         n, classes, pixels = x.shape
         flat = self._buffer[: x.numel()]
         return flat.view(n, pixels, classes).mT if x.stride(1) == 1 else flat.view(x.shape)

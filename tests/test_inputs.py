@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from support import CUDA, labelled
 
 import lmp_triton
-from lmp_triton import autograd, dispatch, settings
+from lmp_triton import autograd, dispatch, search, settings
 from lmp_triton.types import CrossEntropy, Pool
 
 LOGITS, TARGET = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long)
@@ -291,3 +291,55 @@ def test_infinite_losses(rng, backend, device, smoothing):
     plain = F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
     loss = lmp_triton.loss_max_pooling(logits, target, label_smoothing=smoothing, reduction="none", backend=backend)
     assert plain.isinf().any(1).tolist() == loss.isnan().tolist() == [smoothing > 0, True]
+
+
+@pytest.mark.parametrize("size", [(6, 5), (70, 64)], ids=["short", "long"])
+def test_another_default_device(rng, backend, device, size):
+    """Whatever torch.set_default_device says, all that is made lies where the input does."""
+    if backend == "triton" and not CUDA and size != (6, 5):
+        pytest.skip("the interpreter does the same for any size, slowly")
+    logits, target = labelled((2, *size), 4, device=device)
+    weight, ratio = torch.rand(4, device=device), torch.tensor(0.2, device=device)
+    finer = target.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    options = {"ignore_index": 255, "backend": backend}
+    search._log2_mantissas.cache_clear()
+
+    def every_way():
+        x = logits.clone().requires_grad_()
+        losses = logits.square().mean(1)
+        found = [
+            lmp_triton.loss_max_pooling(x, target, p=p, **more, **options)
+            for p in (1.0, 1.3)
+            for more in ({}, {"weight": weight, "label_smoothing": 0.1, "check_targets": True}, {"ratio": ratio})
+        ]
+        found.append(lmp_triton.loss_max_pooling(x, target, return_stats=True, **options)[1].total_weight.sum())
+        found.append(lmp_triton.upsampled_loss_max_pooling(x, finer, **options))
+        found.append(lmp_triton.pool_losses(losses, losses > 0.1, backend=backend))
+        found.append(lmp_triton.optimal_weights(losses, backend=backend)[0].sum())
+        return torch.stack(found), torch.autograd.grad(sum(found), x)[0]
+
+    expected = every_way()
+    search._log2_mantissas.cache_clear()
+    torch.set_default_device("meta")
+    try:
+        found = every_way()
+    finally:
+        torch.set_default_device(None)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_numpy_that_raises(rng):
+    """np.seterr(all="raise") is the user's, and of what is computed on the host nothing comes out of it."""
+    x = torch.cat([torch.zeros(2, 3000), torch.rand(2, 3000) * 1e-40, torch.rand(2, 3000), torch.rand(2, 50) * 3e38], 1)
+    x[0, 5] = torch.nan
+    mask = torch.rand(x.shape) < 0.9
+    with np.errstate(all="raise"):
+        for p in (1.0, 1.03, 1.3, 9.0):
+            losses = x.clone().requires_grad_()
+            value = lmp_triton.pool_losses(losses, mask, p=p, reduction="none", backend="eager")
+            value.sum().backward()
+            assert value[1].isfinite() and losses.grad[1].isfinite().all()
+        logits, target = labelled((2, 90, 60), 4)
+        logits[0, 1, 2, 3] = torch.inf
+        lmp_triton.loss_max_pooling(logits.requires_grad_(), target, ignore_index=255, backend="eager").backward()
