@@ -22,7 +22,8 @@ from .types import IGNORED
 
 Array = NDArray[Any]
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 BLOCK = 1 << 15
 """Numbers of a block."""
