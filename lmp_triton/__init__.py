@@ -1,10 +1,11 @@
-"""Loss max-pooling (Rota Bulò, Neuhold, Kontschieder, CVPR 2017) at the price of cross-entropy.
+"""Loss max-pooling (Rota Bulò, Neuhold, Kontschieder, CVPR 2017) for PyTorch, fused into a few Triton launches.
 
     import lmp_triton
 
     loss = lmp_triton.loss_max_pooling(logits, target, p=1.3, ratio=0.25, ignore_index=255)
 
-Nothing is compiled, read or started at import; Triton itself is imported on the first call that uses it.
+At the price of cross-entropy is the goal, which no GPU has shown yet. Nothing is compiled, read or started at import;
+Triton itself is imported on the first call that uses it.
 """
 
 from . import reference

@@ -51,7 +51,10 @@ COMMANDS = {
     "--help": None,
     "info": None,
     "demo": "demo",
+    "demo --scene land-cover": "demo",
+    "train --config digits": "segmentation",
     "bench sets": None,
+    "bench run --set tiny --providers F.cross_entropy --seconds 0.01 --out tiny.csv": None,
     "bench report table.csv": "perf",
     "bench compare table.csv table.csv": "perf",
 }

@@ -38,3 +38,12 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
     assert len(readme.splitlines()) <= 110
     links = [link for link in re.findall(r"\]\(([^)#]+)", readme) if not link.startswith("http")]
     assert len(links) >= 8 and [link for link in links if not (root / link).exists()] == []
+
+
+def test_the_price_is_a_goal_wherever_it_stands():
+    """No GPU has shown it yet."""
+    root, price = GUIDE.parents[1], "price of cross-entropy"
+    files = [root / "README.md", *(x for part in ("lmp_triton", "kernels", "perf") for x in (root / part).rglob("*"))]
+    texts = [" ".join(x.read_text().split()) for x in files if x.suffix in (".md", ".py")]
+    claims = [text[at.start() : at.end() + 20] for text in texts for at in re.finditer(price, text)]
+    assert len(claims) >= 2 and all("is the goal" in claim for claim in claims), claims

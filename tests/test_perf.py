@@ -237,6 +237,27 @@ def test_machine_and_commit():
     assert set(here) == set(bench.MACHINE) and here["device"] and here["torch"] == torch.__version__
 
 
+@pytest.mark.skipif(CUDA, reason="counts what a GPU would do")
+@pytest.mark.parametrize(
+    "command, column",
+    [
+        ("search.py --lengths 1000 --p 1.3", "pass 2"),
+        ("solvers.py steps --lengths 300", "bytes a loss"),
+        pytest.param("solvers.py code", "instructions an element", marks=pytest.mark.slow),
+        pytest.param("upsampling.py --strides 16", "floor", marks=pytest.mark.slow),
+    ],
+)
+def test_scripts_that_the_pages_name(command, column):
+    """Beside perf/static.py and perf/launches.py, which tests of compiled code and of launches run."""
+    pytest.importorskip("triton")
+    script, *options = command.split()
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    said = subprocess.run(
+        [sys.executable, str(PERF / script), *options], env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    assert column in said and len(said.splitlines()) >= 5
+
+
 def test_simulation_of_the_search():
     """perf/search.py finds as many losses in the bracket as the kernels do, and takes about as many rounds."""
     workspace = pytest.importorskip("lmp_triton.kernels.workspace")

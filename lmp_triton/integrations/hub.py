@@ -29,7 +29,7 @@ BACKENDS = ("cuda", "cpu")
 LEFT_OUT = ("__init__.py", "cli.py", "reference.py")
 """Modules for the command line and the oracle: a kernel may import the standard library, torch and Triton alone."""
 
-INIT = '''"""Loss max-pooling (Rota Bulò, Neuhold, Kontschieder, CVPR 2017) at the price of cross-entropy."""
+INIT = '''"""Loss max-pooling (Rota Bulò, Neuhold, Kontschieder, CVPR 2017), fused into a few Triton launches."""
 
 from . import layers
 from .api import loss_max_pooling, obstacle, optimal_weights, pool_losses
