@@ -9,9 +9,9 @@ A launcher fills the tensors it is given and allocates nothing. The order of the
 For logits that are upsampled on the way, `upsampled_losses` and `upsampled_gradient` take the place of the first and
 the last; what they share, and how pixels lie among logits there, is in upsampling.
 
-`forward.losses_and_solution` does the first two stages in one cooperative launch. Under them: launch (how), configs (in
-what blocks), layout (over what strides), occupancy; device functions they share: logits (how logits are read), softmax,
-workspace, bracket, solution, numerics.
+`forward.losses_and_solution` does the first two stages in one cooperative launch. Under them: launcher (how), configs
+(in what blocks), layout (over what strides), occupancy; device functions they share: logits (how logits are read),
+softmax, workspace, bracket, solution, numerics.
 
 Arguments travel in groups: a kernel is given one `Task` (NamedTuple of tensors, numbers and further groups) a stage and
 one `Constants`; the same groups go on to the device functions, and more of them are made there (`Segment`, `Tile`). In

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Table, programs_a_row
-from .launch import launch, wait_for_launch_before
+from .launcher import launch, wait_for_launch_before
 from .layout import Sizes, Strides, pixel_offsets
 from .logits import Walk, image_sizes, load_label, tile_of, walk
 from .softmax import minus_log_softmax, softmax_of_tile, sum_of_weights

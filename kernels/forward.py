@@ -7,7 +7,7 @@ from torch import Tensor
 from . import cross_entropy, select
 from .configs import Table, neighbours, passes_for, programs_a_row
 from .cross_entropy import write_losses
-from .launch import TooLarge, launch, resident_programs
+from .launcher import TooLarge, launch, resident_programs
 from .layout import unit_of
 from .select import solve_segment
 from .solution import Outputs, Parameters, power_for

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import StreamConfig, programs_a_row
-from .launch import launch, wait_for_launch_before
+from .launcher import launch, wait_for_launch_before
 from .layout import unit_of
 from .workspace import WORDS, no_statistics, poison, publish, tally
 

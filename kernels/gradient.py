@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Table
-from .launch import launch, wait_for_launch_before
+from .launcher import launch, wait_for_launch_before
 from .layout import Sizes, Strides
 from .logits import Tile, image_sizes, load_classes, load_label, load_row, tile_of, walk, within_classes
 from .numerics import LOG2E, Q_CAP

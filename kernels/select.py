@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .bracket import THRESHOLDS, End, fine_shift, finer_bracket, first_bracket, narrow, propose
 from .configs import SelectConfig, fraction_bits, neighbours, passes_for, programs_a_row
-from .launch import TooLarge, launch, resident_programs, wait_for_launch_before
+from .launcher import TooLarge, launch, resident_programs, wait_for_launch_before
 from .layout import unit_of
 from .numerics import bits_float, float_bits, from_fixed, normaliser, power, to_fixed
 from .solution import Outputs, Parameters, load_segment, power_for, write_solution

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .bracket import THRESHOLDS, End, add_powers, decay, first_bracket, narrow, propose
 from .configs import SortConfig, fraction_bits
-from .launch import launch, wait_for_launch_before
+from .launcher import launch, wait_for_launch_before
 from .layout import unit_of
 from .numerics import bits_float, float_bits, from_fixed, normaliser, power, to_fixed
 from .solution import Outputs, Parameters, load_segment, write_solution

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import StreamConfig
-from .launch import launch
+from .launcher import launch
 from .layout import Strides
 from .logits import within_classes
 from .numerics import log2_of_share
@@ -445,7 +445,7 @@ def sums_shape(grad: Tensor, way: Plan) -> tuple[int, ...]:
 
 
 class Given(NamedTuple):
-    """The arguments of `upsampled_gradient`, see `Task`."""
+    """The arguments of `sums_of_spans`, see `Task`."""
 
     nodes: Tensor
     losses: Tensor
@@ -462,7 +462,7 @@ def exchange_shape(images: int, way: Plan) -> tuple[int, ...]:
     return images * way.grid.programs * -(-c.classes // c.chunk), 2, c.lanes * (4 * c.span + 1)
 
 
-def upsampled_gradient(given: Given, scale: Scale, sums: Tensor, exchanged: Tensor, way: Plan) -> None:
+def sums_of_spans(given: Given, scale: Scale, sums: Tensor, exchanged: Tensor, way: Plan) -> None:
     """Fill sums. exchanged: room. weights: needed where way.constants.chunk is less than all classes. Launches: 1."""
     *tensors, weight, smoothing = given
     chunks = -(-way.constants.classes // way.constants.chunk)

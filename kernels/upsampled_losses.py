@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import NodesConfig
-from .launch import launch
+from .launcher import launch
 from .layout import Strides
 from .logits import within_classes
 from .numerics import LN2, LOG2E
@@ -316,7 +316,7 @@ class Buffers(NamedTuple):
     workspace: Tensor
 
 
-def upsampled_losses(inputs: Inputs, buffers: Buffers, way: Plan) -> None:
+def softmax_losses(inputs: Inputs, buffers: Buffers, way: Plan) -> None:
     """Fill losses, labels, log_totals and workspace from nodes, dots and the inputs. Launches: 1."""
     nodes, dots, *written = buffers
     task = Task(

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import StreamConfig, fraction_bits, programs_a_row
-from .launch import launch, wait_for_launch_before
+from .launcher import launch, wait_for_launch_before
 from .layout import unit_of
 from .numerics import log2_ratio, to_fixed
 from .solution import DROP, EXPONENT, PIVOT, STEP

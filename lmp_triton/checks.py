@@ -45,7 +45,7 @@ def transforms(x: Tensor) -> None:
 
 def batched_gradient(grad_output: Tensor) -> None:
     """Refuse one under `is_grads_batched=True` or `vectorize=True`, which use an older vmap that has no other sign."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad_output):
+    if not settings.compiling() and torch._C._functorch.is_legacy_batchedtensor(grad_output):
         raise NotImplementedError(NO_TRANSFORMS)
 
 

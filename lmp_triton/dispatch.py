@@ -46,8 +46,7 @@ def choose(
         if reason:
             raise ValueError(f'backend="triton" cannot serve this call: {reason}')
     elif backend == "auto":
-        # What is exported is to run where this package and Triton are not installed.
-        fit = values.device.type == "cuda" and not torch.compiler.is_exporting()
+        fit = values.device.type == "cuda" and not settings.exporting()
         backend = "triton" if fit and not obstacle(values, scope, target) else "eager"
         # Nobody has run the kernels on AMD yet: there they are used when asked for by name.
         if torch.version.hip:

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import fused_upsampled, settings
 from .kernels import configs, forward, given_losses, gradient, select, sort, weighting, workspace
 from .kernels import cross_entropy as stage_one
-from .kernels.launch import TooLarge
+from .kernels.launcher import TooLarge
 from .kernels.layout import layout_of
 from .kernels.logits import classes_adjacent
 from .kernels.solution import Outputs, parameters

@@ -37,7 +37,7 @@ def softmax_losses(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, 
     inputs = upsampled_losses.Inputs(target, weight, ignore_index, label_smoothing)
     buffers = upsampled_losses.Buffers(nodes, dots, losses, labels, log_totals, statistics)
     way = plan(logits, tuple(target.shape[1:]), target.stride(), bool(align_corners), table, label_smoothing > 0)
-    upsampled_losses.upsampled_losses(inputs, buffers, way)
+    upsampled_losses.softmax_losses(inputs, buffers, way)
     return PixelLosses(losses, (labels, log_totals, nodes), statistics)
 
 
@@ -59,5 +59,5 @@ def logits_gradient(
     room = upsampled_gradient.exchange_shape(grad.shape[0], way)
     exchanged = torch.empty(room, dtype=torch.float32, device=grad.device)
     given = upsampled_gradient.Given(nodes, losses, labels, log_totals, weights, weight, label_smoothing)
-    upsampled_gradient.upsampled_gradient(given, scale, sums, exchanged, way)
+    upsampled_gradient.sums_of_spans(given, scale, sums, exchanged, way)
     upsampled_gradient.nodes_gradient(sums, grad, way, table.stream)

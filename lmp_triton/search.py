@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import checks, distributed, host
-from .settings import on_host
+from .settings import compiling, exporting, on_host
 from .slices import cut_pixels
 from .types import IGNORED
 
@@ -109,7 +109,7 @@ def _(losses: Tensor, ratio: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor,
 
 def find(losses: Tensor, ratio: Tensor, q: Tensor, group: Any = None) -> Crossing:
     """By whichever way fits. What is exported is to run without this package: in rounds. Arguments: `in_rounds`."""
-    if losses.device.type != "cpu" or group is not None or torch.compiler.is_exporting():
+    if losses.device.type != "cpu" or group is not None or exporting():
         return in_rounds(losses, ratio, q, group)
     if on_host(losses):
         return on_the_host(losses, ratio, q)
@@ -301,7 +301,7 @@ def count(mask: Tensor) -> Tensor:
 def fixed_point(length: int | Tensor, device: torch.device, dtype: torch.dtype) -> float | Tensor:
     """A power of 2 to multiply numbers in [0, 1] by, such that the sum of `length` of them fits an int64."""
     if isinstance(length, int):
-        if not torch.compiler.is_compiling():
+        if not compiling():
             return 2.0 ** (62 - length.bit_length())
         # It may be a symbol, which its bit length would make a constant.
         length = torch.full((), length, dtype=torch.int64, device=device)

@@ -122,13 +122,23 @@ def interpreting() -> bool:
 _TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 
+def compiling() -> bool:
+    """Whether Dynamo goes through this code: then a size may be a symbol, and what it can't trace must not be asked."""
+    return torch.compiler.is_compiling()
+
+
+def exporting() -> bool:
+    """Whether the graph is to run where this package and Triton are not installed."""
+    return torch.compiler.is_exporting()
+
+
 def traced() -> bool:
     """Whether a graph is being made of what happens: values and the memory behind tensors are out of reach.
 
     By torch.compile or torch.export, or by what they are made of: a FakeTensorMode, make_fx. (For the latter two there
     is no public question.)
     """
-    if torch.compiler.is_compiling():
+    if compiling():
         return True
     return any(torch._C._get_dispatch_mode(tracer) is not None for tracer in _TRACERS)
 

@@ -67,7 +67,7 @@ class Compiled:
     lopsided: int = 0
     """Products fused into a sum with another lane's: the two lanes come to different sums."""
     dependent: bool = False
-    """Waits for the launch before it (see `kernels.launch.DEPENDENT`) before it touches memory."""
+    """Waits for the launch before it (see `kernels.launcher.DEPENDENT`) before it touches memory."""
 
     def count(self, prefix: str) -> int:
         """How many instructions start with `prefix`."""

@@ -54,7 +54,7 @@ def call(logits: Tensor, target: Tensor, **options: object) -> Tensor:
     return lmp_triton.loss_max_pooling(logits, target, backend="triton", **options)  # type: ignore
 
 
-def launches(gpu: StandIn) -> list[dict[str, object]]:
+def pipelines(gpu: StandIn) -> list[dict[str, object]]:
     """One row a shape and pipeline."""
     rows: list[dict[str, object]] = []
     for shape_name, shape in SHAPES.items():
@@ -105,11 +105,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with StandIn(options.capability) as gpu:
-        found: dict[str, object] = {"launches": launches(gpu), "compiled": recompilations(gpu)}
+        found: dict[str, object] = {"launches": pipelines(gpu), "compiled": recompilations(gpu)}
     with StandIn(options.capability, refuse=True) as gpu:
-        found["refused"] = launches(gpu)
+        found["refused"] = pipelines(gpu)
     with StandIn(options.capability, multiprocessors=4) as gpu:
-        found["no room"] = launches(gpu)
+        found["no room"] = pipelines(gpu)
     if options.json:
         print(json.dumps(found))
         return

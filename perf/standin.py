@@ -16,7 +16,7 @@ import types
 from typing import Any, NamedTuple
 from unittest import mock
 
-from lmp_triton.kernels import configs, launch
+from lmp_triton.kernels import configs, launcher
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -67,8 +67,8 @@ class StandIn(contextlib.ExitStack):
         super().__enter__()
         self.callback(driver.set_active, driver._active)  # type: ignore[attr-defined]
         driver.set_active(self)  # type: ignore[arg-type]
-        self.enter_context(mock.patch.object(launch, "_compiled", {}))
-        self.enter_context(mock.patch.object(launch, "multiprocessors", lambda device: self.multiprocessors))
+        self.enter_context(mock.patch.object(launcher, "_compiled", {}))
+        self.enter_context(mock.patch.object(launcher, "multiprocessors", lambda device: self.multiprocessors))
         self.enter_context(mock.patch.object(configs, "multiprocessors", lambda device: self.multiprocessors))
         self.enter_context(configs.using(self.table))
         self.enter_context(mock.patch.object(settings, "interpreting", lambda: True))
@@ -81,7 +81,7 @@ class StandIn(contextlib.ExitStack):
         def call(programs: int, *rest: Any) -> None:
             if self.refuse and metadata.launch_cooperative_grid:
                 raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
-            compiled = next(built for built in launch._compiled.values() if built.metadata is metadata)
+            compiled = next(built for built in launcher._compiled.values() if built.metadata is metadata)
             arguments = rest[-len(source.fn.arg_names) :]
             self.launches.append(Launch(metadata.name, programs, metadata.launch_cooperative_grid, arguments, compiled))
 

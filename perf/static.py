@@ -23,7 +23,7 @@ from typing import NamedTuple
 import pandas as pd
 import triton
 import triton.language as tl
-from lmp_triton.kernels import launch as kernel_launch
+from lmp_triton.kernels import launcher
 from lmp_triton.kernels.occupancy import LIMITS, programs_a_multiprocessor
 from lmp_triton.perf import catalogue, roofline
 from lmp_triton.perf.compiled import Compiled, read
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--pipelines", action="store_true")
     parser.add_argument("--dependent", action="store_true", help="with programmatic dependent launch (sm_90 and newer)")
     options = parser.parse_args()
-    kernel_launch.DEPENDENT = tl.constexpr(options.dependent)
+    launcher.DEPENDENT = tl.constexpr(options.dependent)
     chosen = [int(a) if a.isdigit() else a for a in options.architecture]
     rows = []
     for architecture in chosen:

@@ -1,5 +1,6 @@
 """One machine, two ways: with a GPU the kernels run on it, without one in Triton's interpreter on the CPU."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ if not torch.cuda.is_available():
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-from support import CUDA, SOLVERS, configure  # noqa: E402
+from support import CUDA, SOLVERS  # noqa: E402
 
 from lmp_triton import settings  # noqa: E402
 
@@ -44,13 +45,30 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture
+def configure():
+    """Other entries in the table of configurations for this test: configure(select={"block": 256})."""
+    with contextlib.ExitStack() as until_the_end:
+
+        def use(**changes):
+            from lmp_triton.kernels import configs
+
+            table = configs.table_for(0)
+            for name, change in changes.items():
+                changed = getattr(table, name)._replace(**change) if isinstance(change, dict) else change
+                table = table._replace(**{name: changed})
+            until_the_end.enter_context(configs.using(table))
+
+        yield use
+
+
 @pytest.fixture(params=SOLVERS)
-def solver(request, monkeypatch):
+def solver(request, monkeypatch, configure):
     """Options of a call that takes this way."""
     if request.param == "eager":
         return {"backend": "eager"}
     if not CUDA:  # there, block sizes are what they are in use
-        configure(monkeypatch, **SOLVERS[request.param])
+        configure(**SOLVERS[request.param])
     if "cooperative" in request.param:
         monkeypatch.setenv(settings.COOPERATIVE, "solve")
     return {"backend": "triton", "solver": request.param.split(",")[0]}

@@ -419,28 +419,28 @@ MUTANTS = (
     ),
     # The host's side
     Mutant(
-        "kernels/launch.py",
+        "kernels/launcher.py",
         "compiled[grid, 1, 1](*arguments, *constants)",
         "compiled[grid, 1, 1](*constants, *arguments)",
         KEY,
         "wrong order of arguments once it is compiled",
     ),
     Mutant(
-        "kernels/launch.py",
+        "kernels/launcher.py",
         "key = [kernel, constants, warps, cooperative, registers]\n",
         "key = [kernel, constants, warps, registers]\n",
         KEY,
         "a compiled kernel's key without the way to launch",
     ),
     Mutant(
-        "kernels/launch.py",
+        "kernels/launcher.py",
         "key += (x.dtype, x.get_device(), x.data_ptr() & 15 == 0)",
         "key += (x.dtype, x.get_device())",
         KEY,
         "a compiled kernel's key without the alignment",
     ),
     Mutant(
-        "kernels/launch.py",
+        "kernels/launcher.py",
         "key = [kernel, constants, warps, cooperative, registers]",
         "key = [kernel, warps, cooperative, registers]",
         KEY,
@@ -563,7 +563,7 @@ MUTANTS = (
         "eager: the share of smoothing with the wrong sign",
     ),
     Mutant(
-        "kernels/launch.py",
+        "kernels/launcher.py",
         "key = [kernel, constants, warps, cooperative, registers]",
         "key = [kernel, constants, warps, cooperative]",
         KEY,
@@ -679,9 +679,9 @@ def pytest_in(site, tests):
     os.chdir(site / "checkout")
     os.environ["PYTHONPATH"] = str(site / "site")
     sys.path[:] = [str(site / "site"), *(x for x in sys.path if Path(x).resolve() not in (ROOT, ROOT / "tests"))]
-    import lmp_triton.kernels.launch as launch
+    import lmp_triton.kernels.launcher as launcher
 
-    assert Path(launch.__file__).is_relative_to(site), launch.__file__
+    assert Path(launcher.__file__).is_relative_to(site), launcher.__file__
     os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]))
 
 

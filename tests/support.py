@@ -6,6 +6,7 @@ import importlib
 import pytest
 import torch
 
+import lmp_triton
 from lmp_triton import reference
 
 CUDA = torch.cuda.is_available()
@@ -21,15 +22,12 @@ SOLVERS = {
 """Every way to a solution, with block sizes that send some hundred losses through all of it."""
 
 
-def configure(monkeypatch, **changes):
-    """Other entries in the table of configurations: configure(monkeypatch, select={"block": 256})."""
-    from lmp_triton.kernels import configs
-
-    table = configs.table_for(0)
-    for name, change in changes.items():
-        entry = getattr(table, name)
-        table = table._replace(**{name: entry._replace(**change) if isinstance(change, dict) else change})
-    monkeypatch.setattr(configs, "table", lambda device: table)
+def solve(losses, p=1.3, ratio=0.25, **options):
+    """Loss, weights and statistics by `pool_losses`, whose gradient the weights are."""
+    x = losses.detach().clone().requires_grad_()
+    loss, stats = lmp_triton.pool_losses(x, p=p, ratio=ratio, return_stats=True, **options)
+    loss.sum().backward()
+    return loss.detach(), x.grad, stats
 
 
 @contextlib.contextmanager

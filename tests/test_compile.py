@@ -37,7 +37,7 @@ def data(device, shape=(2, 9, 10)):
     return features, labelled(shape, 5, device=device)[1]
 
 
-def check(step, compiled, parameter, *inputs):
+def compare(step, compiled, parameter, *inputs):
     """Loss, and the gradient of a parameter, are those of the plain call."""
     results = []
     for function in (step, compiled):
@@ -61,7 +61,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS)
 def test_full_graph(rng, backend, device, engine, options):
     parameter, step = model(backend, device, **options)
-    check(step, torch.compile(step, fullgraph=True, backend=engine), parameter, *data(device))
+    compare(step, torch.compile(step, fullgraph=True, backend=engine), parameter, *data(device))
 
 
 @pytest.mark.parametrize("engine", ["aot_eager", INDUCTOR])
@@ -74,10 +74,10 @@ def test_dynamic_shapes(rng, backend, device, engine, scope):
         return lmp_triton.loss_max_pooling(scale * x, target, ignore_index=255, scope=scope, backend=backend)
 
     compiled = torch.compile(step, fullgraph=True, backend=engine, dynamic=True)
-    check(step, compiled, scale, *labelled((2, 9, 10), 5, device=device))
+    compare(step, compiled, scale, *labelled((2, 9, 10), 5, device=device))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for shape in ((3, 11, 12), (4, 20, 13)):
-            check(step, compiled, scale, *labelled(shape, 5, device=device))
+            compare(step, compiled, scale, *labelled(shape, 5, device=device))
 
 
 @pytest.mark.parametrize("scope", ["image", "batch"])
@@ -93,11 +93,11 @@ def test_rows_of_classes(rng, backend, device, scope):
         logits, target = labelled(shape, 40, device=device)
         x = logits.to(memory_format=torch.channels_last).requires_grad_()
         with torch._dynamo.config.patch(error_on_recompile=i > 0):
-            check(step, compiled, x, x, target)
+            compare(step, compiled, x, x, target)
     if scope == "batch":
         logits, target = labelled((30,), 5, device=device)
         x = logits.requires_grad_()
-        check(step, torch.compile(step, fullgraph=True, backend="aot_eager"), x, x, target)
+        compare(step, torch.compile(step, fullgraph=True, backend="aot_eager"), x, x, target)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -125,7 +125,7 @@ def test_losses_and_weights(rng, backend, device):
         weights, _ = lmp_triton.optimal_weights(losses, mask, backend=backend)
         return pooled, (*stats, weights)
 
-    check(step, torch.compile(step, fullgraph=True, backend="aot_eager"), losses, losses, mask)
+    compare(step, torch.compile(step, fullgraph=True, backend="aot_eager"), losses, losses, mask)
 
 
 def test_grad_output_of_any_scale_and_stride(rng, backend, device):
@@ -185,7 +185,7 @@ def test_inside_a_model_that_is_compiled_and_checkpointed(rng, backend, device):
     def checkpointed(x, target):
         return torch.utils.checkpoint.checkpoint(step, x, target, use_reentrant=False)
 
-    check(step, torch.compile(checkpointed, fullgraph=True, backend="aot_eager"), parameter, *data(device))
+    compare(step, torch.compile(checkpointed, fullgraph=True, backend="aot_eager"), parameter, *data(device))
 
 
 @pytest.mark.skipif(CUDA, reason="shows what happens to CPU tensors without the interpreter")
@@ -257,6 +257,6 @@ def test_upsampled(rng, backend, device, engine, options):
         return torch.randn(images, 5, *nodes, device=device), labelled((images, *pixels), 5, device=device)[1]
 
     compiled = torch.compile(step, fullgraph=True, backend=engine, dynamic=True)
-    check(step, compiled, parameter, *sizes(2, (4, 6), (8, 10)))
+    compare(step, compiled, parameter, *sizes(2, (4, 6), (8, 10)))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        check(step, compiled, parameter, *sizes(3, (6, 7), (9, 14)))
+        compare(step, compiled, parameter, *sizes(3, (6, 7), (9, 14)))

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from support import CUDA, configure, labelled
+from support import CUDA, labelled
 
 import lmp_triton
 
 
-def solve(losses, p=1.3, **solver):
+def weights_and_statistics(losses, p=1.3, **solver):
     """Everything the solver returns: the weights; the loss and the statistics."""
     weights, stats = lmp_triton.optimal_weights(losses, p=p, **solver)
     loss = lmp_triton.pool_losses(losses, p=p, reduction="none", **solver)
@@ -55,7 +55,7 @@ def test_order_of_programs(rng, order_of_programs, solver, p):
         x = logits.clone().requires_grad_()
         loss = lmp_triton.loss_max_pooling(x, target, p=p, ignore_index=255, **solver)
         loss.backward()
-        return *solve(losses, p, **solver), loss.detach(), x.grad
+        return *weights_and_statistics(losses, p, **solver), loss.detach(), x.grad
 
     expected = everything()
     for order in (lambda x, size: x, lambda x, size: size - 1 - x, stride_order):
@@ -72,22 +72,22 @@ def test_order_of_pixels(rng, solver, device, p):
     backend on the CPU, where exp2 of an element differs in the last bit with its place (vector lane or rest).
     """
     losses = torch.randn(1, 1500, device=device).mul(2).exp()
-    weights, stats = solve(losses, p, **solver)
+    weights, stats = weights_and_statistics(losses, p, **solver)
     exact, tau = solver.get("solver") == "select", stats[2].max()
     for _ in range(3):
         order = torch.randperm(losses.shape[1], device=device)
-        permuted_weights, permuted_stats = solve(losses[:, order], p, **solver)
+        permuted_weights, permuted_stats = weights_and_statistics(losses[:, order], p, **solver)
         assert ulps(permuted_stats[1], stats[1]) <= (0 if exact else 2)  # α*
         torch.testing.assert_close(permuted_stats, stats, rtol=0 if exact else 1e-6, atol=0)
         torch.testing.assert_close(permuted_weights, weights[:, order], rtol=0, atol=0 if exact else 1e-6 * tau)
 
 
 @pytest.mark.parametrize("which", ["select", "sort"])
-def test_tiling(rng, monkeypatch, device, which):
+def test_tiling(rng, configure, device, which):
     """Other blocks and programs: the same bits by selection. Other runs, lists and passes: α* to 2 ulp."""
     pytest.importorskip("triton")
     values = torch.randn(2, 2500, device=device).exp()
-    expected, expected_stats = solve(values, backend="triton", solver=which)
+    expected, expected_stats = weights_and_statistics(values, backend="triton", solver=which)
     for block, programs, capacity, passes in (
         (256, 3, 8192, ()),
         (2048, 8, 8192, ()),
@@ -103,12 +103,11 @@ def test_tiling(rng, monkeypatch, device, which):
             "passes": passes,
         }
         configure(
-            monkeypatch,
             select=select,
             stream={"block": block, "per_multiprocessor": programs},
             sort={"run": block, "lanes": 8},
         )
-        weights, stats = solve(values, backend="triton", solver=which)
+        weights, stats = weights_and_statistics(values, backend="triton", solver=which)
         exact = which == "select" and not passes
         assert ulps(stats[1], expected_stats[1]) <= (0 if exact else 2)  # α*
         torch.testing.assert_close(weights, expected, rtol=0, atol=0 if exact else 1e-6 * expected_stats[2].max())

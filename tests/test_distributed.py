@@ -55,7 +55,7 @@ def cases():
     return out
 
 
-def solve(logits, target, options, backend, group=None):
+def results_of(logits, target, options, backend, group=None):
     """Everything the public functions return for this rank's share: `FIELDS`."""
     options = {"backend": backend, "scope": "batch", "group": group, **options}
     cross_entropy = {"ignore_index": 255, **{k: options.pop(k) for k in ("weight", "label_smoothing") if k in options}}
@@ -82,20 +82,20 @@ def shares(tensor, world):
 
 
 def everything(rank, world, group):
-    """What one rank brings back: (case, backend) → `solve`, and the results of the other checks."""
+    """What one rank brings back: (case, backend) → `results_of`, and the results of the other checks."""
     results = {}
     for name, (logits, target, options) in cases().items():
         for backend in ("eager", "triton") if "backend" not in options else ("eager",):
             if backend == "triton" and not settings.has_triton():
                 continue
             share = shares(logits, world)[rank], shares(target, world)[rank]
-            results[name, backend] = solve(*share, options, backend, group)
+            results[name, backend] = results_of(*share, options, backend, group)
     results["DDP"] = data_parallel(rank, world, group)
     if world == 4:  # two groups side by side, of two ranks each
         groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         logits, target, _ = cases()["plain"]
         share = shares(logits, world)[rank], shares(target, world)[rank]
-        results["subgroup"] = solve(*share, {}, "eager", groups[rank // 2])
+        results["subgroup"] = results_of(*share, {}, "eager", groups[rank // 2])
         with pytest.raises(ValueError, match="not a member"):
             lmp_triton.pool_losses(torch.ones(3), scope="batch", group=groups[1 - rank // 2])
     if world == 2:
@@ -177,7 +177,7 @@ def naming(what):
         raise
 
 
-def check(results, expected, p=1.3):
+def compare(results, expected, p=1.3):
     """The results of the ranks, the same bits, against those of one process on the concatenated batch.
 
     That may have used another solver. For p near 1 the weights of two that are right differ by up to q·2^-22·τ (the
@@ -214,10 +214,10 @@ def test_as_one_process(tmp_path, world):
 
     for name, backend in (key for key in ranks[0] if key[0] in all_cases):
         logits, target, options = all_cases[name]
-        expected = solve(logits, target, options, backend)
+        expected = results_of(logits, target, options, backend)
         results = [r[name, backend] for r in ranks]
         with naming(f"{name}, {backend}"):
-            check(results, expected, float(options.get("p", 1.3)))
+            compare(results, expected, float(options.get("p", 1.3)))
             if name == "no valid pixel":
                 assert not expected["loss"].any() and not expected["grad"].any()
             elif name == "a NaN":
@@ -236,7 +236,7 @@ def test_as_one_process(tmp_path, world):
     if world == 4:
         for pair, images in ((slice(0, 2), slice(0, 4)), (slice(2, 4), slice(4, 7))):
             with naming("two groups side by side"):
-                check([r["subgroup"] for r in ranks[pair]], solve(logits[images], target[images], {}, "eager"))
+                compare([r["subgroup"] for r in ranks[pair]], results_of(logits[images], target[images], {}, "eager"))
 
     if world == 2:
         for r in ranks:
@@ -317,9 +317,9 @@ def test_group_of_one(rng, group, backend, dtype):
     if dtype == torch.float64 and backend == "triton":
         pytest.skip("the kernels take no float64")
     logits, target = labelled((3, 8, 9), 5, dtype)
-    expected = solve(logits, target, {}, backend)
-    got = solve(logits, target, {}, backend, group)
-    check([got], expected)
+    expected = results_of(logits, target, {}, backend)
+    got = results_of(logits, target, {}, backend, group)
+    compare([got], expected)
     criterion = lmp_triton.LossMaxPooling(ignore_index=255, scope="batch", backend=backend, group=group)
     assert criterion(logits, target) == got["loss"][0]
 

@@ -1,6 +1,7 @@
 """One way through the house: no import circle, and the core stands without what is built on it."""
 
 import ast
+import re
 from pathlib import Path
 
 import lmp_triton
@@ -85,3 +86,19 @@ def test_layers():
             assert place[target] <= place[name], f"{name} imports {target}"
     assert not everything["types"] and not everything["settings"]
     assert "autograd" not in {x for name in everything if name.startswith("kernels") for x in everything[name]}
+
+
+def test_no_module_is_named_like_what_is_in_it():
+    """Whoever imports both would have to rename one."""
+    for name, file in modules().items():
+        if not name.startswith("examples"):  # each is a page, run and imported whole
+            defined = [node.name for node in ast.parse(file.read_text()).body if hasattr(node, "name")]
+            assert file.stem not in defined, name
+
+
+def test_whether_a_graph_is_made_is_asked_in_one_place():
+    """Of torch.compiler and of its modes: `settings` alone knows the questions."""
+    asking = {
+        file.stem for file in PACKAGE.glob("*.py") if re.search(r"torch\.compiler\.|_dispatch_mode", file.read_text())
+    }
+    assert asking == {"settings"}

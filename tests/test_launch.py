@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import CUDA, configure, labelled
+from support import CUDA, labelled
 
 import lmp_triton
 from lmp_triton import settings
@@ -82,11 +82,11 @@ def test_unknown_way_to_launch(monkeypatch):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("p", [1.0, 1.3])
-def test_the_same_from_every_launch(rng, monkeypatch, device, p, layout, reduction):
+def test_the_same_from_every_launch(rng, monkeypatch, configure, device, p, layout, reduction):
     """The losses and all phases of the solve in one launch, or one by one: the same bits."""
     if not CUDA:
         select = {"block": 512, "capacity": 16, "solve_block": 128, "passes": (10, 200)}
-        configure(monkeypatch, select=select, forward_solve_block=128)
+        configure(select=select, forward_solve_block=128)
     logits, target = labelled((2, 30, 40), 5, device=device)
     if layout == "channels_last":
         logits = logits.contiguous(memory_format=torch.channels_last)
@@ -121,7 +121,7 @@ def test_on_the_device_of_the_tensor(rng, monkeypatch, device):
 
 @pytest.mark.skipif(not CUDA, reason="the test on a GPU that is not there covers it without one")
 def test_no_new_kernel_for_a_new_value_on_a_gpu(rng, device):
-    from lmp_triton.kernels import launch
+    from lmp_triton.kernels import launcher
 
     def run(p, ratio, ignore_index, shape):
         logits, target = labelled(shape, 19, device=device, ignore_index=ignore_index)
@@ -130,18 +130,18 @@ def test_no_new_kernel_for_a_new_value_on_a_gpu(rng, device):
         ).backward()
 
     run(1.3, 0.25, 255, (2, 96, 96))
-    before = len(launch._compiled)
+    before = len(launcher._compiled)
     for arguments in (
         (1.0, 1.0, -1, (2, 96, 96)),
         (1.7, 0.1, -100, (3, 112, 128)),
         (float("inf"), 0.5, 254, (5, 128, 160)),
     ):
         run(*arguments)
-    assert len(launch._compiled) == before
+    assert len(launcher._compiled) == before
 
 
 @pytest.mark.skipif(CUDA, reason="looks into the interpreter")
-def test_a_wait_is_for_the_phase_before_it(rng, monkeypatch, device):
+def test_a_wait_is_for_the_phase_before_it(rng, monkeypatch, configure, device):
     """A program alone waits for nobody, and a wait for too little goes unnoticed: the flag must be at its value."""
     from lmp_triton.kernels import forward, select
     from triton import language as tl
@@ -153,7 +153,7 @@ def test_a_wait_is_for_the_phase_before_it(rng, monkeypatch, device):
 
     monkeypatch.setattr(forward, "wait_for", checked)
     monkeypatch.setattr(select, "wait_for", checked)
-    configure(monkeypatch, select={"block": 512, "capacity": 4, "solve_block": 128, "passes": (10, 200)})
+    configure(select={"block": 512, "capacity": 4, "solve_block": 128, "passes": (10, 200)})
     logits, target = labelled((1, 30, 40), 5, device=device)
     waits = {}
     for cooperative in ("solve", "forward"):
@@ -167,32 +167,36 @@ def test_a_wait_is_for_the_phase_before_it(rng, monkeypatch, device):
 
 def test_what_is_compiled_anew(monkeypatch):
     """For other types, alignments, constants, warps, registers and ways to launch, and for nothing else."""
-    from lmp_triton.kernels import launch
+    from lmp_triton.kernels import launcher
 
     compiled = []
-    monkeypatch.setattr(launch, "_compiled", {})
-    monkeypatch.setattr(launch, "_compile", lambda *arguments: compiled.append(arguments) or len(compiled))
-    monkeypatch.setattr(launch.triton, "JITFunction", object)  # whatever is launched counts as a kernel
+    monkeypatch.setattr(launcher, "_compiled", {})
+    monkeypatch.setattr(launcher, "_compile", lambda *arguments: compiled.append(arguments) or len(compiled))
+    monkeypatch.setattr(launcher.triton, "JITFunction", object)  # whatever is launched counts as a kernel
     x = torch.zeros(64)
 
     def number_of(tensor, number=1, constants=(128,), warps=4, cooperative=False, registers=None):
-        return launch._ready("kernel", ((tensor, None, number),), constants, warps, cooperative, registers)
+        return launcher._ready("kernel", ((tensor, None, number),), constants, warps, cooperative, registers)
 
     assert number_of(x) == number_of(x[4:], 16) == number_of(x[:1], -5) == 1
     others = number_of(x[1:]), number_of(x.double()), number_of(None), number_of(x, constants=(256,))
-    others += number_of(x, warps=8), number_of(x, cooperative=True), launch._ready("another", ((x, None, 1),), (), 4, 0)
+    others += (
+        number_of(x, warps=8),
+        number_of(x, cooperative=True),
+        launcher._ready("another", ((x, None, 1),), (), 4, 0),
+    )
     assert (*others, number_of(x, registers=255)) == tuple(range(2, 10))
 
 
 def test_what_is_handed_on(monkeypatch):
     """To a compiled kernel: the grid, then its arguments, then its constants."""
-    from lmp_triton.kernels import launch
+    from lmp_triton.kernels import launcher
 
     class Compiled:
         def __getitem__(self, grid):
             return lambda *given: seen.append((grid, given))
 
     seen = []
-    monkeypatch.setattr(launch, "_ready", lambda *arguments: Compiled())
-    launch.launch("kernel", 7, ("tensors", 2), ("constants",), 4)
+    monkeypatch.setattr(launcher, "_ready", lambda *arguments: Compiled())
+    launcher.launch("kernel", 7, ("tensors", 2), ("constants",), 4)
     assert seen == [((7, 1, 1), ("tensors", 2, "constants"))]

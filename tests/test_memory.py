@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import CUDA, SOLVERS, configure, labelled
+from support import CUDA, SOLVERS, labelled
 
 import lmp_triton
 from lmp_triton import settings
@@ -75,9 +75,9 @@ def test_weights_and_smoothing(rng, layout, classes, smoothing):
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name != "eager"])
 @pytest.mark.parametrize("length", [1, 256, 700])
 @pytest.mark.parametrize("p", [1.0, 1.3])
-def test_every_solver(rng, monkeypatch, name, length, p):
+def test_every_solver(rng, monkeypatch, configure, name, length, p):
     """Losses with ties and zeros, masked; pool_losses and optimal_weights."""
-    configure(monkeypatch, **SOLVERS[name])
+    configure(**SOLVERS[name])
     if "cooperative" in name:
         monkeypatch.setenv(settings.COOPERATIVE, "solve")
     losses = torch.randn(2, length).mul(2).exp().round(decimals=1)
@@ -92,12 +92,12 @@ def test_every_solver(rng, monkeypatch, name, length, p):
 
 
 @pytest.mark.parametrize("cooperative", settings.WAYS)
-def test_passes_and_cooperative_launches(rng, monkeypatch, cooperative):
+def test_passes_and_cooperative_launches(rng, monkeypatch, configure, cooperative):
     """Every phase of the search, also one with nothing to do: passes for a bracket that holds few losses already."""
     monkeypatch.setenv(settings.COOPERATIVE, cooperative)
     for capacity in (4, 4096):
         select = {"block": 256, "capacity": capacity, "solve_block": 128, "passes": (10, 200)}
-        configure(monkeypatch, select=select, forward_solve_block=128, stream={"block": 256})
+        configure(select=select, forward_solve_block=128, stream={"block": 256})
         logits, target = labelled((2, 20, 31), 5)
         loss, *_ = watched(logits, target, solver="select")
         expected = lmp_triton.loss_max_pooling(logits, target, ignore_index=255, backend="eager")
@@ -105,9 +105,9 @@ def test_passes_and_cooperative_launches(rng, monkeypatch, cooperative):
 
 
 @pytest.mark.parametrize("length", [300, 511])
-def test_a_list_that_overflows(rng, monkeypatch, length):
+def test_a_list_that_overflows(rng, configure, length):
     """Many equal losses: the short list is full, and the last program walks all losses of its segment."""
-    configure(monkeypatch, select={"block": 256, "capacity": 16, "solve_block": 128, "passes": ()})
+    configure(select={"block": 256, "capacity": 16, "solve_block": 128, "passes": ()})
     losses = torch.full((2, length), 0.7).index_fill(1, torch.arange(9), 3.0)
     with watching(read_only=(losses,)):
         loss = lmp_triton.pool_losses(losses, p=1.0, reduction="none", backend="triton", solver="select")

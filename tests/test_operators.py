@@ -49,7 +49,7 @@ def arguments(device, call, parameter=float):
     return logits, target, CrossEntropy(weight, 255, smoothing), Pool(p, ratio, **options)
 
 
-def check(operator, *args):
+def check_operator(operator, *args):
     results = torch.library.opcheck(operator.default, args)
     assert set(results.values()) == {"SUCCESS"} and len(results) == 4
 
@@ -59,11 +59,11 @@ def check(operator, *args):
 def test_opcheck_from_logits(rng, device, call, parameter):
     logits, target, cross_entropy, pool = arguments(device, call, parameter)
     args = (logits, target, *cross_entropy, *operators._flat(pool))
-    check(OPERATORS.pool_logits, *args)
-    check(OPERATORS.softmax_losses, logits, target, *cross_entropy, pool.scope)
+    check_operator(OPERATORS.pool_logits, *args)
+    check_operator(OPERATORS.softmax_losses, logits, target, *cross_entropy, pool.scope)
     losses, saved, value, solution, _ = OPERATORS.pool_logits(*args)
     grad_output = torch.rand(value.shape, device=device)
-    check(OPERATORS.logits_gradient, logits, losses, saved, solution, grad_output, *cross_entropy)
+    check_operator(OPERATORS.logits_gradient, logits, losses, saved, solution, grad_output, *cross_entropy)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -71,12 +71,12 @@ def test_opcheck_from_logits(rng, device, call, parameter):
 def test_opcheck_from_losses(rng, device, reduction, masked):
     losses = torch.rand(2, 20, device=device, dtype=torch.float16)
     mask = torch.rand(2, 20, device=device) < 0.8 if masked else None
-    check(OPERATORS.marked_losses, losses, mask, "image")
+    check_operator(OPERATORS.marked_losses, losses, mask, "image")
     args = (losses, mask, 1.3, 0.25, None, None, "image", reduction, "auto")
-    check(OPERATORS.pool_losses, *args)
+    check_operator(OPERATORS.pool_losses, *args)
     marked, value, solution, _ = OPERATORS.pool_losses(*args)
-    check(OPERATORS.pixel_weights, marked, solution, torch.rand_like(value), torch.float16)
-    check(OPERATORS.total_weight, marked, solution)
+    check_operator(OPERATORS.pixel_weights, marked, solution, torch.rand_like(value), torch.float16)
+    check_operator(OPERATORS.total_weight, marked, solution)
 
 
 def equal(a, b):

@@ -7,9 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from support import oracle
+from support import oracle, solve
 
-import lmp_triton
 from lmp_triton import reference
 
 # Sums of hundreds of losses must not overflow float32, nor weights fall below its normal numbers.
@@ -34,12 +33,10 @@ def examples(count):
     return settings(max_examples=count, deadline=None, suppress_health_check=checks, print_blob=True)
 
 
-def solve(losses, p, ratio, solver):
-    """The loss, the weights, and the statistics as numbers."""
-    ell = torch.tensor(losses, dtype=torch.float32).requires_grad_()
-    loss, stats = lmp_triton.pool_losses(ell, p=p, ratio=ratio, scope="batch", return_stats=True, **solver)
-    loss.backward()
-    return loss.item(), ell.grad.double().numpy(), [x.item() for x in stats]
+def numbers(losses, p, ratio, solver):
+    """The loss, the weights, and the statistics."""
+    loss, weights, stats = solve(torch.tensor(losses, dtype=torch.float32), p, ratio, scope="batch", **solver)
+    return loss.item(), weights.double().numpy(), [x.item() for x in stats]
 
 
 @examples(30)
@@ -48,7 +45,7 @@ def test_optimal_and_as_the_oracle(solver, losses, p, ratio):
     ell = torch.tensor(losses, dtype=torch.float32).double().numpy()
     n, m = ell.size, reference.support(ell.size, ratio)
     expected = oracle(torch.tensor(losses, dtype=torch.float32), p, ratio)
-    loss, weights, (_, tau, valid, _, total) = solve(losses, p, ratio, solver)
+    loss, weights, (_, tau, valid, _, total) = numbers(losses, p, ratio, solver)
     assert loss == pytest.approx(expected.loss, rel=1e-6, abs=2.0**-149)
     assert np.abs(weights - expected.weights).max() <= 1e-6 * expected.tau
     assert valid == n
@@ -73,12 +70,12 @@ def test_scale_and_order(solver, losses, p, ratio, exponent, seed):
     assume(max(losses) > 1e-20)
     scaled = np.float32(losses) * np.float32(2.0**exponent)
     assume(np.all(scaled / np.float32(2.0**exponent) == np.float32(losses)) and scaled.max() < 1e30)
-    loss, weights, _ = solve(losses, p, ratio, solver)
-    scaled_loss, scaled_weights, (_, tau, *_) = solve(scaled.tolist(), p, ratio, solver)
+    loss, weights, _ = numbers(losses, p, ratio, solver)
+    scaled_loss, scaled_weights, (_, tau, *_) = numbers(scaled.tolist(), p, ratio, solver)
     assert scaled_loss == pytest.approx(loss * 2.0**exponent, rel=1e-6)
     assert np.abs(scaled_weights - weights).max() <= 2e-6 * tau
     order = np.random.default_rng(seed).permutation(len(losses))
-    loss_again, weights_again, _ = solve(np.float32(losses)[order].tolist(), p, ratio, solver)
+    loss_again, weights_again, _ = numbers(np.float32(losses)[order].tolist(), p, ratio, solver)
     assert loss_again == pytest.approx(loss, rel=1e-6)
     assert np.abs(weights_again - weights[order]).max() <= 2e-6 * tau
 
@@ -88,7 +85,7 @@ def test_scale_and_order(solver, losses, p, ratio, exponent, seed):
 @given(losses=LOSSES, p=st.tuples(P, P), ratio=st.tuples(RATIO, RATIO))
 def test_monotone(solver, losses, p, ratio):
     """A larger p and a larger m shrink the feasible set."""
-    low, high = (solve(losses, p_i, ratio[0], solver)[0] for p_i in sorted(p))
+    low, high = (numbers(losses, p_i, ratio[0], solver)[0] for p_i in sorted(p))
     assert low >= high * (1 - 2e-6)
-    low, high = (solve(losses, p[0], r, solver)[0] for r in sorted(ratio))
+    low, high = (numbers(losses, p[0], r, solver)[0] for r in sorted(ratio))
     assert low >= high * (1 - 2e-6)

@@ -6,7 +6,7 @@ what never comes is found.
 
 import pytest
 import torch
-from support import CUDA, configure, labelled
+from support import CUDA, labelled
 
 import lmp_triton
 from lmp_triton import settings
@@ -24,12 +24,12 @@ ORDERS |= {f"program {number} starves": starving(number) for number in (0, 1, -1
 
 
 @pytest.fixture
-def room(monkeypatch):
+def room(monkeypatch, configure):
     """A device for eight programs a launch, in which an image takes several."""
     for module in (select, forward):
         monkeypatch.setattr(module, "resident_programs", lambda *arguments: 8)
     settings = {"block": 128, "capacity": 8, "solve_block": 64, "passes": (10, 200)}
-    configure(monkeypatch, select=settings, forward_solve_block=64, stream={"block": 128})
+    configure(select=settings, forward_solve_block=64, stream={"block": 128})
 
 
 def run(logits, target, p=1.3, solver="select"):
@@ -72,8 +72,8 @@ def test_a_flag_that_nobody_raises_is_found(rng, monkeypatch, room):
 
 
 @pytest.mark.parametrize("order", ["in turn", "the last first", "program -1 starves"])
-def test_sorting_takes_turns_too(rng, monkeypatch, order):
-    configure(monkeypatch, sort={"run": 128, "lanes": 4})
+def test_sorting_takes_turns_too(rng, configure, order):
+    configure(sort={"run": 128, "lanes": 4})
     logits, target = labelled((2, 20, 31), 4)
     expected = run(logits, target, solver="sort")
     with watching(), scheduled(ORDERS[order]) as scheduler:
