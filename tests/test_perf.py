@@ -242,7 +242,7 @@ def test_machine_and_commit():
     "command, column",
     [
         ("search.py --lengths 1000 --p 1.3", "pass 2"),
-        ("solvers.py steps --lengths 300", "bytes a loss"),
+        pytest.param("solvers.py steps --lengths 300", "bytes a loss", marks=pytest.mark.slow),
         pytest.param("solvers.py code", "instructions an element", marks=pytest.mark.slow),
         pytest.param("upsampling.py --strides 16", "floor", marks=pytest.mark.slow),
     ],
