@@ -197,7 +197,7 @@ def solve(pixels: PixelLosses, pool: Pool) -> Pooling:
 def _sum_above(losses: Tensor, pivot: Tensor, above: Tensor | None, tau: Tensor) -> Tensor:
     """τ·Σ_{ℓ > pivot} ℓ, (S,) in the wide type; `above`: how many they are, if known."""
     wide = tau.dtype
-    if not on_host(losses) or above is None or losses.dtype == wide or losses.shape[1] <= host.SHORT:
+    if not host.serves(losses) or above is None or losses.dtype == wide:
         largest = torch.where(losses > pivot.unsqueeze(1), losses, 0.0)
         if losses.dtype != wide:
             return tau * largest.sum(1, dtype=wide)

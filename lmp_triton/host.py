@@ -10,17 +10,21 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .settings import on_host
 from .types import IGNORED
 
-Array = NDArray[Any]
+try:
+    import numpy as np
+
+    PRESENT = True
+    Array: TypeAlias = np.ndarray[Any, Any]
+except ImportError:  # a kernel of the Hub may count on torch alone
+    PRESENT = False
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,9 +53,14 @@ def quiet(function: Callable[P, T]) -> Callable[P, T]:
     return within
 
 
+def serves(x: Tensor) -> bool:
+    """Whether NumPy can do what is done to the rows of x, (N, L), and they are long enough for it to be worth while."""
+    return PRESENT and on_host(x) and x.shape[1] > SHORT
+
+
 def alone(x: Tensor) -> bool:
     """Whether NumPy does what is done once a pixel, (N, L): with more than two threads, or short rows, PyTorch does."""
-    return on_host(x) and x.shape[1] > SHORT and torch.get_num_threads() <= 2
+    return serves(x) and torch.get_num_threads() <= 2
 
 
 def array(x: Tensor) -> Array:

@@ -109,7 +109,7 @@ def _(losses: Tensor, ratio: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor,
 
 def find(losses: Tensor, ratio: Tensor, q: Tensor, group: Any = None) -> Crossing:
     """By whichever way fits. What is exported is to run without this package: in rounds. Arguments: `in_rounds`."""
-    if losses.device.type != "cpu" or group is not None or exporting():
+    if losses.device.type != "cpu" or group is not None or exporting() or not host.PRESENT:
         return in_rounds(losses, ratio, q, group)
     if on_host(losses):
         return on_the_host(losses, ratio, q)
