@@ -205,8 +205,7 @@ def _sum_above(losses: Tensor, pivot: Tensor, above: Tensor | None, tau: Tensor)
         shrink = torch.where((largest > 1).any(1), 2.0**-40, 1.0)
         return tau * (largest * shrink.unsqueeze(1)).sum(1) / shrink
     # Twice as quick: those up to the pivot count as the pivot, and are taken off again.
-    total = tau.new_tensor([host.sum_above(*each) for each in zip(losses.split(1), pivot.tolist(), strict=True)])
-    return tau * (total - (losses.shape[1] - above) * pivot.to(wide))
+    return tau * (host.sum_above(losses, pivot) - (losses.shape[1] - above) * pivot.to(wide))
 
 
 def pool_logits(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, pool: Pool) -> tuple[PixelLosses, Pooling]:
@@ -261,12 +260,12 @@ def total_weight(pixels: PixelLosses, solution: Tensor) -> Tensor:
 def pixel_weights(pixels: PixelLosses, solution: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
     """See `types.Backend`."""
     losses = pixels.losses.view(solution.shape[1], -1)
-    scale = (solution[STEP].unsqueeze(1) * grad_output.view(-1, 1)).expand_as(losses)
+    scale = solution[STEP] * grad_output
     out = torch.empty_like(losses, dtype=dtype)
     if host.alone(losses) and dtype == losses.dtype and 0.2 <= (exponent := float(solution[EXPONENT, 0])) <= host.LARGE:
-        for i, (x, w) in enumerate(zip(losses.split(1), out.split(1), strict=True)):
-            host.weights(x, float(solution[PIVOT, i]), float(solution[DROP, i]), exponent, float(scale[i, 0]), w)
+        host.weights(losses, solution[PIVOT], solution[DROP], scale, exponent, out)
         return out.view_as(pixels.losses)
+    scale = scale.unsqueeze(1).expand_as(losses)
     for x, factor, w, *found in cut_pixels(losses, scale, out, *_solution_of_losses(losses, solution)):
         # A NaN scale (a poisoned segment) times 0 is NaN as well: ignored pixels are set last.
         w.copy_(relative_weights(x, solution[EXPONENT, 0], *found).mul_(factor).masked_fill_(x == IGNORED, 0.0))

@@ -25,6 +25,7 @@ try:
     Array: TypeAlias = np.ndarray[Any, Any]
 except ImportError:  # a kernel of the Hub may count on torch alone
     PRESENT = False
+    np = Array = None  # type: ignore[assignment]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,9 +35,6 @@ BLOCK = 1 << 15
 
 LARGE = 16.0
 """A power up to which the logarithm of a ratio near 1 may be that of the rounded ratio."""
-
-SHORT = 1 << 12
-"""Numbers of a row up to which a loop over rows costs more than what is done to them."""
 
 COUNTED = 1 << 20
 """Losses counted at a time: `numpy.bincount` makes integers of 8 bytes of them."""
@@ -54,12 +52,12 @@ def quiet(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def serves(x: Tensor) -> bool:
-    """Whether NumPy can do what is done to the rows of x, (N, L), and they are long enough for it to be worth while."""
-    return PRESENT and on_host(x) and x.shape[1] > SHORT
+    """Whether NumPy can do what is done to x."""
+    return PRESENT and on_host(x)
 
 
 def alone(x: Tensor) -> bool:
-    """Whether NumPy does what is done once a pixel, (N, L): with more than two threads, or short rows, PyTorch does."""
+    """Whether NumPy does what is done once a pixel: with more than two threads PyTorch does."""
     return serves(x) and torch.get_num_threads() <= 2
 
 
@@ -68,11 +66,14 @@ def array(x: Tensor) -> Array:
     return x.detach().numpy()
 
 
-def blocks(*tensors: Tensor) -> Iterator[tuple[Array, ...]]:
-    """The same blocks of all tensors, (N, L)."""
-    for rows in zip(*map(array, tensors), strict=True):
-        for start in range(0, len(rows[0]), BLOCK):
-            yield tuple(row[start : start + BLOCK] for row in rows)
+def blocks(*arrays: Array) -> Iterator[tuple[slice, tuple[Array, ...]]]:
+    """The same blocks of all arrays, (N, L), parts of a row or several rows; before them which rows."""
+    count, length = arrays[0].shape
+    together = max(1, BLOCK // max(1, length))
+    for row in range(0, count, together):
+        rows = slice(row, row + together)
+        for start in range(0, length, BLOCK):
+            yield rows, tuple(x[rows, start : start + BLOCK] for x in arrays)
 
 
 @quiet
@@ -82,7 +83,7 @@ def mark(losses: Tensor, target: Tensor, labels: Tensor, ignore_index: int) -> N
     Args:
         labels: the target inside [0, C).
     """
-    for ell, y, label in blocks(losses, target, labels):
+    for _, (ell, y, label) in blocks(array(losses), array(target), array(labels)):
         bad = y != label
         if not (ell.min() >= 0 and ell.max() < np.inf):
             bad |= ~((ell >= 0) & (ell < np.inf))
@@ -90,23 +91,23 @@ def mark(losses: Tensor, target: Tensor, labels: Tensor, ignore_index: int) -> N
         np.copyto(ell, IGNORED, where=y == ignore_index)
 
 
-def histogram(bits: Tensor, shift: int) -> Tensor:
+def histogram(bits: Array, shift: int) -> Array:
     """How often each value of 16 bits is there among integers (n,), from bit `shift` on; (2^16,) int64."""
     counts = np.zeros(1 << 16, np.int64)
-    for some in np.split(array(bits), range(COUNTED, len(bits), COUNTED)):
+    for some in np.split(bits, range(COUNTED, len(bits), COUNTED)):
         counts += np.bincount((some >> shift) & 0xFFFF, minlength=1 << 16)
-    return torch.from_numpy(counts)
+    return counts
 
 
 @quiet
-def powers(losses: Tensor, t: float, high: float, q: float) -> tuple[float, int, Tensor]:
-    """Of losses (1, n): Σ (min(ℓ, t)/t)^q over the positive ones, how many are above `high`, and those in (t, high].
+def powers(losses: Array, t: float, high: float, q: float) -> tuple[float, int, Array]:
+    """Of losses (n,): Σ (min(ℓ, t)/t)^q over the positive ones, how many are above `high`, and those in (t, high].
 
     Args:
         q: of a large one only the powers of losses close to t count, and their logarithms must be exact.
     """
     total, beyond, inside = 0.0, 0, []
-    for (ell,) in blocks(losses):
+    for _, (ell,) in blocks(losses[None]):
         x = np.clip(ell, 0, t)
         if q <= LARGE:
             x /= t
@@ -122,29 +123,34 @@ def powers(losses: Tensor, t: float, high: float, q: float) -> tuple[float, int,
         near, over = ell > t, ell > high
         beyond += int(np.count_nonzero(over))
         inside.append(ell[near ^ over])
-    return total, beyond, torch.from_numpy(np.concatenate(inside))
+    return total, beyond, np.concatenate(inside)
 
 
 @quiet
-def sum_above(losses: Tensor, least: float) -> float:
-    """Σ max(ℓ, least) of losses (1, n)."""
-    return float(sum(np.clip(ell, least, None).sum(dtype=np.float64) for (ell,) in blocks(losses)))
+def sum_above(losses: Tensor, least: Tensor) -> Tensor:
+    """Σ max(ℓ, least) of each row of losses (S, n), for least (S,); (S,) float64."""
+    total, least_ = np.zeros(len(losses)), array(least)[:, None]
+    for rows, (ell,) in blocks(array(losses)):
+        total[rows] += np.maximum(ell, least_[rows]).sum(1, dtype=np.float64)
+    return torch.from_numpy(total)
 
 
 @quiet
-def weights(losses: Tensor, pivot: float, drop: float, exponent: float, scale: float, out: Tensor) -> None:
-    """scale·w*/τ of losses (1, n) into `out`: see `eager.relative_weights`; 0 of an ignored one.
+def weights(losses: Tensor, pivot: Tensor, drop: Tensor, scale: Tensor, exponent: float, out: Tensor) -> None:
+    """scale·w*/τ of losses (S, n) into `out`: see `eager.relative_weights`; 0 of an ignored one.
 
     Args:
+        pivot, drop, scale: (S,), in the type of the losses.
         exponent: q − 1, above 0 and at most `LARGE`.
     """
-    base = pivot if pivot > 0 else 1.0
-    for ell, w in blocks(losses, out):
-        x = ell / base
-        np.log2(x, out=x)
-        x *= exponent
-        x -= drop
-        np.exp2(x, out=x)
-        np.copyto(x, 1.0, where=ell > pivot)
-        np.multiply(x, scale, out=w, casting="same_kind")
+    pivots, drops, scales = (array(x)[:, None] for x in (pivot, drop, scale))
+    bases = np.where(pivots > 0, pivots, pivots.dtype.type(1))
+    for rows, (ell, w) in blocks(array(losses), array(out)):
+        np.divide(ell, bases[rows], out=w)
+        np.log2(w, out=w)
+        w *= exponent
+        w -= drops[rows]
+        np.exp2(w, out=w)
+        np.copyto(w, 1.0, where=ell > pivots[rows])
+        w *= scales[rows]
         np.copyto(w, 0.0, where=ell == IGNORED)

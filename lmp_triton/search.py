@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import checks, distributed, host
+from .host import Array, np
 from .settings import compiling, exporting, on_host
 from .slices import cut_pixels
 from .types import IGNORED
@@ -32,7 +33,7 @@ PATTERNS = {torch.float32: (torch.int32, 31, 0x7F7FFFFF), torch.float64: (torch.
 BUCKETS_LOG2 = 11
 """A round of the search looks at 2^11 thresholds: three rounds pin down all 31 bits of a float32, six a float64."""
 
-SORTED_LENGTH = 1 << 12
+SORTED_LENGTH = 1 << 13
 """Losses of a segment up to which the host sorts them all; of more it counts all and sorts a few."""
 
 
@@ -78,13 +79,17 @@ def support(valid: Tensor, ratio: Tensor) -> Tensor:
 
 
 def on_the_host(losses: Tensor, ratio: Tensor, q: Tensor) -> Crossing:
-    """By looking at values: short segments are sorted, of long ones the few losses near α*. Arguments: `in_rounds`.
+    """By looking at values, in NumPy: short segments are sorted, of long ones the few losses near α*.
 
-    The sums are of floating numbers, in an order that the machine's number of threads may change.
+    Arguments: `in_rounds`. The sums are of floating numbers.
     """
-    if losses.shape[1] <= SORTED_LENGTH:
-        return _sorted(losses, ratio, q)
-    return Crossing(*map(torch.cat, zip(*(_counted(row, ratio, q) for row in losses.split(1)), strict=True)))
+    ell, ratio_, q_ = host.array(losses), float(ratio), float(q)
+    with np.errstate(all="ignore"):  # of zeros, ignored ones, NaN and powers too large or too small for a number
+        if losses.shape[1] <= SORTED_LENGTH:
+            found = [_sorted(some, ratio_, q_) for _, (some,) in host.blocks(ell)]
+        else:
+            found = [_counted(row, ratio_, q_) for row in ell]
+    return Crossing(*(torch.from_numpy(np.concatenate(each)) for each in zip(*found, strict=True)))
 
 
 @custom_op("lmp_triton::crossing", mutates_args=(), device_types="cpu")
@@ -116,77 +121,81 @@ def find(losses: Tensor, ratio: Tensor, q: Tensor, group: Any = None) -> Crossin
     return Crossing(*torch.ops.lmp_triton.crossing(losses, ratio, q))
 
 
-def _sorted(losses: Tensor, ratio: Tensor, q: Tensor) -> Crossing:
+Found = tuple[Array, Array, Array, Array, Array, Array, Array]
+"""The arrays of a `Crossing`."""
+
+
+def _support(valid: Array, ratio: float) -> Array:
+    return np.maximum(np.minimum(ratio * valid, valid), 1.0)
+
+
+def _sorted(losses: Array, ratio: float, q: float) -> Found:
     """All losses of every segment sorted: Algorithm 1 of the paper."""
-    ascending = losses.sort(1).values  # ignored ones first, NaN last
-    poisoned = ascending[:, -1].isnan()
-    valid = losses.shape[1] - (ascending == IGNORED).sum(1)
-    m = support(valid, ratio)
-    nothing = torch.zeros_like(m)
-    found = _scan_sorted(ascending, torch.zeros_like(valid), nothing, nothing, m, q)
-    return Crossing(valid, poisoned, m, *found)
+    ascending = np.sort(losses, 1)  # ignored ones first, NaN last
+    valid = losses.shape[1] - np.count_nonzero(ascending == IGNORED, 1)
+    m, nothing = _support(valid, ratio), np.zeros(len(losses))
+    found = _scan_sorted(ascending, np.zeros_like(valid), nothing, nothing, m, q)
+    return valid, np.isnan(ascending[:, -1]), m, *found
 
 
-def _counted(row: Tensor, ratio: Tensor, q: Tensor) -> Crossing:
-    """One long segment, (1, n): a histogram narrows α* down to a factor of 1 + 2^-7; what lies in there is sorted.
+def _counted(row: Array, ratio: float, q: float) -> Found:
+    """One long segment, (n,): a histogram narrows α* down to a factor of 1 + 2^-7; what lies in there is sorted.
 
     Were every loss the lower edge of its bin, α* would be `low`; were it the upper one, at most that factor more.
     """
-    dtype = row.dtype
-    integer, bits, _ = PATTERNS[dtype]
-    shift, exponent_bits = bits - 15, 8 if dtype == torch.float32 else 11
-    counts = host.histogram(row.view(integer).view(-1), shift)
+    integer, bits = (np.int32, 31) if row.dtype == np.float32 else (np.int64, 63)
+    shift, exponent_bits = bits - 15, 8 if bits == 31 else 11
+    counts = host.histogram(row.view(integer), shift)
     infinite = ((1 << exponent_bits) - 1) << (15 - exponent_bits)
-    ignored = int(row.new_tensor(IGNORED).view(integer) >> shift) & 0xFFFF
-    valid = row.shape[1] - counts[ignored].view(1)
-    m = support(valid, ratio)
-    nothing = torch.zeros_like(m)
-    poisoned = counts[infinite : 1 << 15].sum().view(1) > 0
-    used = counts[1:infinite].nonzero().view(-1) + 1
-    if poisoned or not used.numel():
-        if bool(poisoned) or not bool((row > 0).any()):
-            return Crossing(valid, poisoned, m, row.new_zeros(1), nothing.long(), nothing, nothing.long())
-        return _sorted(row, ratio, q)
+    ignored = (int(row.dtype.type(IGNORED).view(integer)) >> shift) & 0xFFFF
+    valid = np.array([len(row) - counts[ignored]])
+    m = _support(valid, ratio)
+    poisoned = np.array([counts[infinite : 1 << 15].any()])
+    none, nothing = np.zeros_like(valid), np.zeros(1)
+    used = np.flatnonzero(counts[1:infinite]) + 1
+    if poisoned[0] or not len(used):
+        if poisoned[0] or not (row > 0).any():
+            return valid, poisoned, m, np.zeros(1, row.dtype), none, nothing, none
+        return _sorted(row[None], ratio, q)
 
     count = counts[used]
-    up_to = count.cumsum(0)
+    up_to = count.cumsum()
     above = up_to[-1] - up_to
     mantissa_bits = 15 - exponent_bits
     edges = (used >> mantissa_bits) + _log2_mantissas(mantissa_bits)[used & ((1 << mantissa_bits) - 1)]
-    enough = int((above + count >= m).sum()) - 1  # the bin of the ⌈m⌉-th largest loss: α* is not below
-    if enough < 0 and int((row > 0).sum()) == int(up_to[-1]):
-        return Crossing(valid, poisoned, m, row.new_zeros(1), up_to[-1:], nothing, nothing.long())
+    enough = np.count_nonzero(above + count >= m) - 1  # the bin of the ⌈m⌉-th largest loss: α* is not below
+    if enough < 0 and np.count_nonzero(row > 0) == up_to[-1]:
+        return valid, poisoned, m, np.zeros(1, row.dtype), up_to[-1:], nothing, none
     bias = (1 << (exponent_bits - 1)) - 1
     if enough < 0 or edges[enough] < bias // 2:  # from there on denormal numbers, whose bins are wide, add nothing
-        return _sorted(row, ratio, q)
+        return _sorted(row[None], ratio, q)
     log2_power = q * (edges - edges[enough])
-    power = log2_power.clamp_max(900.0).exp2()
-    power_sum = (count * power).cumsum(0) / power
-    last = int(((above + power_sum >= m) & (log2_power < 900.0)).nonzero()[-1])
+    power = np.exp2(np.minimum(log2_power, 900.0))
+    power_sum = (count * power).cumsum() / power
+    last = np.flatnonzero((above + power_sum >= m) & (log2_power < 900.0))[-1]
     margin = 2.0**-20
-    log2_low = float(edges[last]) - bias + math.log2(power_sum[last] / (m - above[last])) / float(q)
+    log2_low = edges[last] - bias + math.log2(power_sum[last] / (m[0] - above[last])) / q
     low = 2.0 ** min(log2_low, 1023.5) * (1 - margin)
     high = low * (1 + 2.0**-mantissa_bits) * (1 + 3 * margin) if log2_low < 1023.5 else math.inf
-    t, high = (float(row.new_tensor(min(x, torch.finfo(dtype).max))) for x in (low, high))
+    most = np.finfo(row.dtype).max
+    t, high = (float(row.dtype.type(min(x, most))) for x in (low, high))
 
-    total, beyond, inside = host.powers(row, t, high, float(q))
-    near = inside.sort().values.view(1, -1)
+    total, beyond, inside = host.powers(row, t, high, q)
+    near = np.sort(inside)[None]
     # Each loss above t has added (t/t)^q = 1.
-    below = torch.full_like(m, total - (beyond + near.shape[1]))
-    return Crossing(
-        valid, poisoned, m, *_scan_sorted(near, torch.full_like(valid, beyond), torch.full_like(m, t), below, m, q)
-    )
+    below = np.array([total - (beyond + near.shape[1])])
+    return valid, poisoned, m, *_scan_sorted(near, np.array([beyond]), np.array([t]), below, m, q)
 
 
 @functools.cache
-def _log2_mantissas(bits: int) -> Tensor:
+def _log2_mantissas(bits: int) -> Array:
     """log2 of 1 + i·2^-bits."""
-    return torch.tensor([math.log2(1 + i * 2.0**-bits) for i in range(1 << bits)], dtype=torch.float64, device="cpu")
+    return np.log2(1 + np.arange(1 << bits) / (1 << bits))
 
 
 def _scan_sorted(
-    ascending: Tensor, beyond: Tensor, start: Tensor, below: Tensor, m: Tensor, q: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ascending: Array, beyond: Array, start: Array, below: Array, m: Array, q: float
+) -> tuple[Array, Array, Array, Array]:
     """The largest loss with f ≥ 0 among ascending ones, or else `start`; with it what `Crossing` says.
 
     Powers are relative to the ⌈m⌉-th largest loss: α* is not below it, so the sums that count are 1 at least, and f < 0
@@ -199,34 +208,39 @@ def _scan_sorted(
         below: (S,), Σ_{ℓ ≤ start} (ℓ/start)^q.
         m, q: as in `in_rounds`.
     """
-    k, values = ascending.shape[1], ascending.double()
+    k, rows = ascending.shape[1], np.arange(len(ascending))
     if not k:
-        return start.to(ascending.dtype), beyond, below, torch.zeros_like(beyond)
-    place = torch.arange(k, device=ascending.device)
-    at = k - (m.ceil().long() - beyond)
-    base = torch.where(at >= 0, values.gather(1, at.clamp(0, k - 1).unsqueeze(1)).squeeze(1), start)
+        return start.astype(ascending.dtype), beyond, below, np.zeros_like(beyond)
+    place = np.arange(k)
+    at = k - (np.ceil(m).astype(np.int64) - beyond)
+    base = np.where(at >= 0, ascending[rows, at.clip(0, k - 1)], start)
     some = base > 0
-    base = torch.where(some, base, 1.0)
+    base = np.where(some, base, 1.0)[:, None]
 
-    t = base.unsqueeze(1)
-    log2_ratio = log2_ratio_near(values, t)
-    if bool((values[:, -1:] > 2 * t).any()):
-        log2_ratio = torch.where(values > 2 * t, (values / t).log2(), log2_ratio)
-    exponent = torch.where(values > 0, q * log2_ratio, -math.inf)
-    power = exponent.clamp_max(900.0).exp2_()
-    powers = (below * (q * log2_ratio_near(start, base)).exp2_()).unsqueeze(1) + power.cumsum(1)
-    power_sum = powers / power
+    exponent = ascending.clip(0, None).astype(np.float64)
+    exponent -= base
+    exponent /= base
+    np.log1p(exponent, out=exponent)  # of ℓ/base: from the difference, which is exact near 1
+    exponent *= LOG2E * q
+    power = np.exp2(np.minimum(exponent, 900.0))
+    before = below * np.exp2(LOG2E * q * np.log1p((start - base[:, 0]) / base[:, 0]))
+    power_sum = power.cumsum(1)
+    power_sum += before[:, None]
+    power_sum /= power
     # Of tied losses each counts those after it as larger: a 1 for a 1.
-    fits = (beyond.unsqueeze(1) + (k - 1 - place) + power_sum >= m.unsqueeze(1)) & (power > 0) & (exponent < 900.0)
-    last = torch.where(fits & some.unsqueeze(1), place, -1).amax(1, keepdim=True)
-    pivot = ascending.gather(1, last.clamp_min(0))
-    last = torch.where(last >= 0, (ascending <= pivot).sum(1, keepdim=True) - 1, last)
-    found, last = last.squeeze(1) >= 0, last.squeeze(1)
+    fits = power_sum >= (m - beyond - (k - 1))[:, None] + place
+    fits &= (power > 0) & (exponent < 900.0) & some[:, None]
+    found = fits.any(1)
+    last = k - 1 - fits[:, ::-1].argmax(1)
+    pivot = ascending[rows, last]
+    last = np.count_nonzero(ascending <= pivot[:, None], 1) - 1
+    tied = np.count_nonzero(ascending == pivot[:, None], 1)
+    above_start = np.count_nonzero(ascending > start[:, None], 1)
     return (
-        torch.where(found, pivot.squeeze(1), start.to(ascending.dtype)),
-        beyond + torch.where(found, k - 1 - last, (ascending > start.unsqueeze(1)).sum(1)),
-        torch.where(found, power_sum.gather(1, last.clamp_min(0).unsqueeze(1)).squeeze(1), below),
-        torch.where(found, (ascending == pivot).sum(1), 0),
+        np.where(found, pivot, start.astype(ascending.dtype)),
+        beyond + np.where(found, k - 1 - last, above_start),
+        np.where(found, power_sum[rows, last.clip(0)], below),
+        np.where(found, tied, 0),
     )
 
 

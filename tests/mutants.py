@@ -71,6 +71,7 @@ EAGER_SMOOTHED = "tests/test_cross_entropy.py -k 'ratio_1 and eager-2-False-0.1'
 EAGER_IGNORED = "tests/test_inputs.py -k 'one_image_ignored and eager'"
 EAGER_NUMPY = "tests/test_slices.py -k 'numpy and dtype0-1.3'"
 EAGER_MARKS = "tests/test_slices.py -k 'marks and 2-target_type0'"
+EAGER_MARKS_TORCH = "tests/test_slices.py -k 'marks and 3-target_type0'"
 EAGER_CUT = "tests/test_slices.py -k 'all_there_is or (however and dtype0-contiguous)'"
 EAGER_BAD = "tests/test_inputs.py -k 'eager and (bad_losses or infinite_losses)'"
 
@@ -461,14 +462,14 @@ MUTANTS = (
         "lmp_triton/eager.py",
         "ell.copy_(_mark(ell, y == label, y != cross_entropy.ignore_index))",
         "ell.copy_(_mark(ell, y == label, y == y))",
-        EAGER_IGNORED,
+        EAGER_MARKS_TORCH,
         "eager: ignore_index dropped",
     ),
     Mutant(
         "lmp_triton/search.py",
         "torch.minimum(ratio * n, n).clamp_min(1.0)",
         "torch.minimum(ratio * n, n)",
-        EAGER_ORACLE,
+        EAGER_NUMPY,
         "eager: m may be less than 1",
     ),
     Mutant(
@@ -508,10 +509,31 @@ MUTANTS = (
     ),
     Mutant(
         "lmp_triton/host.py",
-        "np.copyto(x, 1.0, where=ell > pivot)",
-        "np.copyto(x, 1.0, where=ell > 2 * pivot)",
+        "np.copyto(w, 1.0, where=ell > pivots[rows])",
+        "np.copyto(w, 1.0, where=ell > 2 * pivots[rows])",
         EAGER_NUMPY,
         "eager, NumPy: weights above 1",
+    ),
+    Mutant(
+        "lmp_triton/search.py",
+        "np.maximum(np.minimum(ratio * valid, valid), 1.0)",
+        "np.minimum(ratio * valid, valid)",
+        EAGER_ORACLE,
+        "eager, NumPy: m may be less than 1",
+    ),
+    Mutant(
+        "lmp_triton/search.py",
+        "fits = power_sum >= (m - beyond - (k - 1))[:, None] + place",
+        "fits = power_sum >= (m - beyond - k)[:, None] + place",
+        EAGER_ORACLE,
+        "eager, NumPy: one loss too many above the pivot",
+    ),
+    Mutant(
+        "lmp_triton/host.py",
+        "total[rows] += np.maximum(",
+        "total[rows] = np.maximum(",
+        EAGER_NUMPY,
+        "eager, NumPy: the sum of the last block alone",
     ),
     Mutant(
         "lmp_triton/host.py",

@@ -40,7 +40,7 @@ def cut_small(threads, images=600):
 
     limits = {
         slices: {"GRAIN": 48, "CACHE": 160, "WHOLE": 200, "IMAGES": images},
-        host: {"BLOCK": 32, "COUNTED": 50, "SHORT": 4},
+        host: {"BLOCK": 32, "COUNTED": 50},
         search: {"SORTED_LENGTH": 16},
     }
     before = {module: {name: getattr(module, name) for name in names} for module, names in limits.items()}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from support import Later, cut_small, labelled, oracle
 
 import lmp_triton
-from lmp_triton import eager, slices, types
+from lmp_triton import eager, search, slices, types
 
 measure = Later("lmp_triton.perf.measure", "pandas")
 
@@ -54,24 +54,28 @@ def test_however_it_is_cut(rng, layout, dtype):
 
 @pytest.mark.parametrize("p", [1.0, 1.03, 1.06, 1.3, 3.0, 50.0, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_numpy_does_what_pytorch_does(rng, p, dtype):
-    """Two threads against three, which take the general form, and the oracle: zeros, ties, ignored ones, far apart."""
-    losses = torch.cat(
-        [torch.rand(2, 150), torch.zeros(2, 9), torch.full((2, 9), 0.7), 10 ** -torch.rand(2, 50) * 20], 1
-    )
-    losses, mask = losses.to(dtype), torch.rand(2, losses.shape[1]) < 0.9
-    found = []
-    for threads in (2, 3):
-        x = losses.clone().requires_grad_()
-        with cut_small(threads):
-            value, stats = lmp_triton.pool_losses(x, mask, p=p, ratio=0.3, backend="eager", return_stats=True)
-            found.append((value.detach(), *torch.autograd.grad(value, x), stats.alpha, stats.saturated))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-8)
-    for row in range(2):
-        ell = losses[row][mask[row]]
-        solution = oracle(ell, p, 0.3)
-        weights = 2 * found[0][1][row][mask[row]].double().numpy()
-        np.testing.assert_allclose(weights, solution.weights, rtol=0, atol=1e-6 * solution.tau)
+def test_numpy_does_what_pytorch_does(rng, monkeypatch, p, dtype):
+    """Two threads, three, which take the general form, and the search in rounds: all the oracle's, of zeros, ties,
+    ignored losses, some far apart; also for a ratio that makes m one."""
+    far = 20 * 10 ** -torch.rand(2, 50)
+    losses = torch.cat([torch.rand(2, 150), torch.zeros(2, 9), torch.full((2, 9), 0.7), far], 1).to(dtype)
+    mask = torch.rand(losses.shape) < 0.9
+    on_the_host = search.on_the_host
+    for ratio in (0.3, 0.001):
+        solutions = [oracle(losses[row][mask[row]], p, ratio) for row in range(2)]
+        loss = sum(solution.loss for solution in solutions) / 2
+        for threads, found in ((2, on_the_host), (3, on_the_host), (3, search.in_rounds)):
+            monkeypatch.setattr(search, "on_the_host", found)
+            x = losses.clone().requires_grad_()
+            with cut_small(threads):
+                value, stats = lmp_triton.pool_losses(x, mask, p=p, ratio=ratio, backend="eager", return_stats=True)
+                value.backward()
+            assert value.item() == pytest.approx(loss, rel=1e-6)
+            for row, solution in enumerate(solutions):
+                weights = 2 * x.grad[row][mask[row]].double().numpy()
+                np.testing.assert_allclose(weights, solution.weights, rtol=0, atol=1e-6 * solution.tau)
+            assert not x.grad[~mask].any()
+            np.testing.assert_allclose(stats.tau.numpy(), [solution.tau for solution in solutions], rtol=1e-6)
 
 
 @pytest.mark.parametrize("target_type", [torch.int64, torch.int16, torch.uint8])
