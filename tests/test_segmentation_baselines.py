@@ -94,6 +94,13 @@ def test_coarse_logits_are_upsampled(name):
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["pooling", "cross-entropy", "inverse-median-frequency", "top-k"])
+def test_the_upsampling_goes_through_the_fused_loss(name, monkeypatch):
+    coarse, (_, target) = torch.randn(2, 4, 3, 4), batch()
+    monkeypatch.setattr(F, "interpolate", lambda *_, **__: pytest.fail("logits at full resolution were made"))
+    assert build(name)(coarse, target) > 0
+
+
 def test_cross_entropy_is_the_mean_over_the_valid_pixels():
     logits, target = batch()
     torch.testing.assert_close(

@@ -82,6 +82,7 @@ def test_uniform_sampling_is_every_image_once(mode, blend, targets, index):
     assert all(draw.label == -1 and draw.pixel(targets[draw.image]) is None for draw in sampler)
     sampler.set_epoch(1)
     assert [draw.image for draw in sampler] != first
+    assert [draw.image for draw in sampling.ComplementarySampler(index, mode=mode, blend=blend, seed=6)] != first
 
 
 def test_the_blend_is_the_share_of_draws_for_a_class(index):
@@ -101,6 +102,10 @@ def test_a_class_is_drawn_inversely_to_its_iou(index):
     assert np.allclose(sampler.iou[:2], [8 / 10, 2 / 4]) and np.isnan(sampler.iou[2:]).all()
     weights = np.array([1 / 0.8, 1 / 0.5, 1 / 0.1, 0])
     assert np.allclose(sampler.probabilities, weights / weights.sum())
+    many = sampling.ComplementarySampler(index, blend=1.0, length=3000)
+    many.load_state_dict(sampler.state_dict())
+    count = np.bincount([draw.label for draw in many], minlength=CLASSES)
+    assert np.abs(count / 3000 - sampler.probabilities).max() < 0.04
 
 
 def test_old_batches_are_forgotten(index):

@@ -1,6 +1,7 @@
 """`lmp-triton train`: each recipe trains on its layout; a killed run resumes to the same bits; bad data is named."""
 
 import csv
+import inspect
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import trees
+from PIL import Image
 
 from lmp_triton import cli
 
@@ -47,6 +49,30 @@ def logged(folder):
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "crops", "tiles"), [("cityscapes", 165_000, (2, 550), [1, 5]), ("voc", 200_000, (4, 321), None)]
+)
+def test_the_papers_recipes_have_its_numbers(name, steps, crops, tiles):
+    """Sections 5.1 to 5.3."""
+    import yaml
+
+    from lmp_triton.segmentation.data import SegmentationData
+    from lmp_triton.segmentation.task import SegmentationTask
+    from lmp_triton.segmentation.train import recipes
+
+    recipe = yaml.safe_load(recipes()[name].read_text())
+    model, data = recipe["model"], recipe["data"]
+    assert recipe["trainer"]["max_steps"] == steps
+    assert (data["batch_size"], data["crop"]) == crops
+    assert data["sampling"] == "inverse-iou" and not {"scale", "flip"} & data.keys()
+    assert inspect.signature(SegmentationData).parameters["scale"].default == (0.5, 1.5)
+    assert model["model"] == "deeplabv2" and model["criterion_options"] == {"p": 1.3, "ratio": 0.25}
+    assert float(model["lr"]) == 2.5e-4
+    defaults = inspect.signature(SegmentationTask).parameters
+    assert defaults["momentum"].default == defaults["power"].default == 0.9
+    assert (model.get("tiles"), model.get("overlap")) == (tiles, tiles and 200)
 
 
 # Errors, which come before any step.
@@ -91,16 +117,42 @@ def missing(root):
     return "scene 1.jpg", "no mask"
 
 
-@pytest.mark.parametrize("spoil", [broken_size, unknown_label, truncated, missing])
-def test_bad_data_ends_with_status_2_and_the_file_before_training(spoil, folder, capsys, monkeypatch):
+def sixteen_bits(root):
+    Image.fromarray(np.full((16, 24), 40_000, np.uint16)).save(root / "images" / "scene 2.png")
+    (root / "images" / "scene 2.jpg").unlink()
+    return "scene 2.png", "8 bits a channel"
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("spoil", [broken_size, unknown_label, truncated, missing, sixteen_bits])
+def test_bad_data_ends_with_status_2_and_the_file_before_training(part, spoil, folder, capsys, monkeypatch):
     from lmp_triton.segmentation.task import SegmentationTask
 
     monkeypatch.setattr(SegmentationTask, "training_step", lambda *_: pytest.fail("it started to train"))
-    root = trees.folder(folder / "tree")
-    file, reason = spoil(root)
-    assert train(*folder_options(root)) == 2
+    root, bad = trees.folder(folder / "tree"), trees.folder(folder / "bad")
+    file, reason = spoil(bad)
+    options = (f"--data.{part}.{kind}={bad / kind}" for kind in ("images", "masks"))
+    assert train(*folder_options(root), *options) == 2
     message = capsys.readouterr().err
     assert file in message and reason in message
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("--model.criterion=hinge", "criterion must be one of"),
+        ("--model.criterion=cross-entropy", "criterion_options are not of 'cross-entropy'"),
+        ("--model.criterion_options={p: 0.5}", "p must be"),
+        ("--model.model=alexnet", "name must be one of"),
+        ("--model.model_options={weights: nowhere.pt}", "model_options are not of 'unet'"),
+        ("--data.sampling=best", "sampling must be one of"),
+        ("--data.crop=0", "size must be"),
+        ("--ckpt_path=nowhere.ckpt", "nowhere.ckpt: no such file"),
+    ],
+)
+def test_an_option_out_of_range_ends_with_status_2_and_no_traceback(option, reason, capsys):
+    assert train(*digits(2, option)) == 2
+    assert reason in capsys.readouterr().err
 
 
 def test_an_unknown_option_ends_with_status_2(capsys):

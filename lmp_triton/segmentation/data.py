@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from . import digits, transforms
 from .datasets import Arrays, SegmentationDataset
-from .sampling import ClassIndex, ComplementarySampler
+from .sampling import MODES, ClassIndex, ComplementarySampler
 
 __all__ = ["Digits", "LandCover", "ResumableLoader", "SegmentationData"]
 
@@ -50,7 +50,7 @@ class ResumableLoader(DataLoader[Item]):
 class SegmentationData(lightning.LightningDataModule):
     """Training crops, augmented and sampled as in the paper, and validation images.
 
-    Before the first step every file of the training set is read once (`ClassIndex.build`): a bad one is named then.
+    Before the first step every file, of `val` too, is read once (`ClassIndex.build`): a bad one is named then.
 
     Args:
         train: what to train on; its transform becomes `transforms.training(crop, …)`.
@@ -64,7 +64,7 @@ class SegmentationData(lightning.LightningDataModule):
         blend: the share of the draws made for a class, see `ComplementarySampler`.
         val_batch_size: images a batch in validation; more than 1 only if all are of one size.
         num_workers: processes that read and augment.
-        cache: a folder for the counts of the training set's classes, so that it is read once for several runs.
+        cache: a folder for the counts of the classes, so that the files are read once for several runs.
         seed: of sampling and augmentation.
     """
 
@@ -89,6 +89,8 @@ class SegmentationData(lightning.LightningDataModule):
         super().__init__()
         if val is not None and val.classes != train.classes:
             raise ValueError("train and val must have the same classes")
+        if sampling not in MODES:
+            raise ValueError(f"sampling must be one of {MODES}, got {sampling!r}")
         train.transform = transforms.training(
             crop, scale=scale, flip=flip, mean=mean, std=std, ignore_index=train.ignore_index
         )
@@ -110,7 +112,17 @@ class SegmentationData(lightning.LightningDataModule):
     def prepare_data(self) -> None:
         """Read everything once, on one process a machine; the others find the cache."""
         if self.cache is not None:
-            ClassIndex.build(self.train, cache=self.cache)
+            self._read()
+
+    def setup(self, stage: str) -> None:
+        """The same where there is no cache."""
+        if stage == "fit" and self.cache is None:
+            self._read()
+
+    def _read(self) -> None:
+        self._index = ClassIndex.build(self.train, cache=self.cache)
+        if self.val is not None:
+            ClassIndex.build(self.val, cache=self.cache)
 
     def train_dataloader(self) -> ResumableLoader:
         """An epoch is as many draws as there are images, and at least a batch a rank."""

@@ -290,7 +290,8 @@ class PascalVOC(Files):
 class Folder(Files):
     """A folder of images and one of label maps of the same names: images/a.jpg and masks/a.png.
 
-    A label map is an image with one channel or a palette (of 8, 16 or 32 bits), whose values are the labels.
+    An image has 8 bits a channel and is read as RGB. A label map is an image with one channel or a palette (of 8, 16 or
+    32 bits), whose values are the labels.
 
     Args:
         images, masks: the folders.
@@ -420,9 +421,12 @@ def _read_image(file: Path) -> NDArray[np.uint8]:
     """RGB, (H, W, 3)."""
     try:
         with Image.open(file) as image:
-            return np.array(image.convert("RGB"))
+            mode, array = image.mode, np.array(image.convert("RGB"))
     except BROKEN as error:
         raise DatasetError(f"{file}: cannot be read as an image: {error}") from error
+    if mode[0] in "IF":  # Pillow cuts such values off at 255: nearly all is white
+        raise DatasetError(f"{file}: an image of mode {mode}; it must have 8 bits a channel")
+    return array
 
 
 def _read_labels(file: Path) -> NDArray[Any]:

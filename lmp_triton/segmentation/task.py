@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning
@@ -54,22 +55,30 @@ class SegmentationTask(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.classes, self.ignore_index = classes, ignore_index
-        self.model = models.build(model, len(classes), **(model_options or {})) if isinstance(model, str) else model
-        self.criterion: nn.Module | None = None if isinstance(criterion, str) else criterion
-        self._criterion = (criterion, criterion_options or {})
+        if isinstance(model, str):
+            model = _build("model", models.build, model, model_options, classes=len(classes))
+        self.model = model
         if isinstance(criterion, str) and criterion not in baselines.CRITERIA:
             raise ValueError(f"criterion must be one of {tuple(baselines.CRITERIA)}, got {criterion!r}")
+        self.criterion: nn.Module | None = None  # until `setup`, if it waits for counts
+        self._criterion_options = criterion_options
+        if not isinstance(criterion, str):
+            self.criterion = criterion
+        elif criterion != "inverse-median-frequency":
+            self.criterion = self._build_criterion(criterion)
         self.lr, self.momentum, self.power, self.weight_decay = lr, momentum, power, weight_decay
         self.tiling = None if tiles is None else tiling.Tiling(count=tiles, overlap=(0, overlap))
         self.iou = IoU(len(classes), ignore_index)
 
     def setup(self, stage: str) -> None:
-        """Build a criterion that goes by its name; inverse median frequency wants the counts of the training set."""
-        name, options = self._criterion
-        if self.criterion is None and isinstance(name, str):
-            if name == "inverse-median-frequency":
-                options = {"counts": self.trainer.datamodule.index.counts, **options}
-            self.criterion = baselines.build_criterion(name, ignore_index=self.ignore_index, **options)
+        """Inverse median frequency wants the counts of the training set."""
+        if self.criterion is None:
+            counts = self.trainer.datamodule.index.counts
+            self.criterion = self._build_criterion("inverse-median-frequency", counts=counts)
+
+    def _build_criterion(self, name: str, **given: Any) -> nn.Module:
+        given["ignore_index"] = self.ignore_index
+        return _build("criterion", baselines.build_criterion, name, self._criterion_options, **given)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, as the model gives them."""
@@ -131,3 +140,13 @@ class SegmentationTask(lightning.LightningModule):
         state = getattr(self, "_random_state", None)
         if state is not None:
             torch.set_rng_state(state)
+
+
+def _build(
+    kind: str, build: Callable[..., nn.Module], name: str, options: dict[str, Any] | None, **given: Any
+) -> nn.Module:
+    """What goes by a name; a recipe's options may be left over from another."""
+    try:
+        return build(name, **{**given, **(options or {})})
+    except TypeError as error:
+        raise TypeError(f"{kind}_options are not of {name!r} (null takes a recipe's away): {error}") from None

@@ -69,6 +69,18 @@ class _CommandLine(LightningCLI):
         for name in ("classes", "ignore_index"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (OSError, TypeError, ValueError) as error:
+            raise _UsageError(str(error)) from error
+
+    def before_fit(self) -> None:
+        """Look for the checkpoint before the data are read."""
+        path = str(self.config_init["fit"]["ckpt_path"] or "last")
+        if path not in ("best", "last", "hpc") and ":" not in path and not Path(path).exists():
+            raise _UsageError(f"--ckpt_path {path}: no such file")
+
 
 class _UsageError(Exception):
     """An option is wrong."""
