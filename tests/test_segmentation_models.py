@@ -71,6 +71,17 @@ def test_weights_of_a_file_are_loaded_and_norms_frozen(tmp_path):
         models.build("deeplabv2", 3, weights=str(tmp_path / "resnet50.pt"))
 
 
+def test_weights_that_are_not_there_are_named(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    with pytest.raises(ValueError, match=r"got ResNet50_Weights.NOPE"):
+        models.build("deeplabv2", 3, weights="ResNet50_Weights.NOPE")
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(OSError, match=r"IMAGENET1K_V2 could not be fetched from https://.*: no network"):
+        models.build("deeplabv2", 3, backbone="resnet50", weights="ResNet50_Weights.IMAGENET1K_V2")
+
+
 def test_the_small_network_has_the_same_interface():
     model = models.build("unet", 5, width=4)
     assert model(torch.randn(2, 3, 17, 22)).shape == (2, 5, 17, 22)

@@ -146,6 +146,8 @@ def test_bad_data_ends_with_status_2_and_the_file_before_training(part, spoil, f
         ("--model.model=alexnet", "name must be one of"),
         ("--model.model_options={weights: nowhere.pt}", "model_options are not of 'unet'"),
         ("--data.sampling=best", "sampling must be one of"),
+        ("--data.blend=3", "blend must be in"),
+        ("--trainer.devices=[]", "devices"),
         ("--data.crop=0", "size must be"),
         ("--ckpt_path=nowhere.ckpt", "nowhere.ckpt: no such file"),
     ],

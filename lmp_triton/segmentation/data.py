@@ -91,6 +91,8 @@ class SegmentationData(lightning.LightningDataModule):
             raise ValueError("train and val must have the same classes")
         if sampling not in MODES:
             raise ValueError(f"sampling must be one of {MODES}, got {sampling!r}")
+        if not 0 <= blend <= 1:
+            raise ValueError(f"blend must be in [0, 1], got {blend}")
         train.transform = transforms.training(
             crop, scale=scale, flip=flip, mean=mean, std=std, ignore_index=train.ignore_index
         )

@@ -89,7 +89,14 @@ BACKBONES = ("resnet50", "resnet101", "resnet152")
 def _load(resnet: nn.Module, weights: str) -> None:
     """Fill a ResNet, which may have a classifier that the weights lack."""
     if "_Weights." in weights:
-        state = torchvision.models.get_weight(weights).get_state_dict(progress=True, check_hash=True)
+        try:
+            known = torchvision.models.get_weight(weights)
+        except (KeyError, ValueError):
+            raise ValueError(f"weights must be a file or a name of torchvision's, got {weights}") from None
+        try:
+            state = known.get_state_dict(progress=True, check_hash=True)
+        except OSError as error:
+            raise OSError(f"weights {weights} could not be fetched from {known.url}: {error}") from error
     else:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     whole = any(key.startswith("backbone.") for key in state)  # of a segmentation network

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jsonargparse  # noqa: F401  # what Lightning's command line stands on: if it is missing, say so at once
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from .data import SegmentationData
 from .datasets import DatasetError
@@ -72,7 +73,7 @@ class _CommandLine(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (OSError, TypeError, ValueError) as error:
+        except (MisconfigurationException, OSError, TypeError, ValueError) as error:
             raise _UsageError(str(error)) from error
 
     def before_fit(self) -> None:
