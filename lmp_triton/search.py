@@ -34,7 +34,7 @@ BUCKETS_LOG2 = 11
 """A round of the search looks at 2^11 thresholds: three rounds pin down all 31 bits of a float32, six a float64."""
 
 SORTED_LENGTH = 1 << 13
-"""Losses of a segment, at most `host.BLOCK`, up to which the host sorts them all; of more it counts all and sorts a few."""
+"""Losses of a segment up to which the host sorts them all, at most `host.BLOCK`; of more it counts all, sorts a few."""
 
 
 class Crossing(NamedTuple):
