@@ -125,6 +125,28 @@ def cross_entropy(workload: Workload) -> Loss:
     return F.cross_entropy
 
 
+class _Passes(torch.autograd.Function):
+    """Forward log_softmax and gather, backward softmax, a product and scatter: see `passes_alone`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        at = target.clamp_min(0).unsqueeze(1)
+        ctx.save_for_backward(logits, at)
+        return logits.log_softmax(1).gather(1, at).mean().neg()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        logits, at = ctx.saved_tensors
+        weights = torch.full_like(at, 1 / at.numel(), dtype=logits.dtype) * grad_output
+        return logits.softmax(1).mul_(weights).scatter_add_(1, at, weights.neg()), None
+
+
+def passes_alone(workload: Workload) -> Loss:
+    """What is left of a weighted cross-entropy without its weights: the passes over logits that no form can spare which
+    keeps no copy of them. Its gradient is that of the mean over all pixels, ignored ones too."""
+    return lambda logits, target: _Passes.apply(logits, target)
+
+
 def sorted_pooling(losses: Tensor, valid: Tensor | None, p: float, ratio: float) -> Tensor:
     """Algorithm 1 in eager PyTorch as it is usually written: all losses sorted, prefix sums of powers.
 

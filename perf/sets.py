@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from . import host, timing
-from .providers import PROVIDERS, SOLVERS, UPSAMPLED, Provider, cross_entropy, ours, tuned
+from .providers import PROVIDERS, SOLVERS, UPSAMPLED, Provider, cross_entropy, ours, passes_alone, tuned
 from .workloads import (
     BUSY,
     BUSY_SEGMENTS,
@@ -44,6 +44,7 @@ class Set(NamedTuple):
 
 _EAGER = ("lmp_triton, eager", "lmp_triton, eager, compiled", "LMP by torch.sort", "F.cross_entropy")
 EAGERS = {name: PROVIDERS[name] for name in (*_EAGER, "F.cross_entropy, compiled")}
+PASSES = {"the passes over logits alone": Provider(passes_alone)}
 EAGER_SOLVERS = {name: SOLVERS[name] for name in ("lmp_triton, eager", "LMP by torch.sort")}
 HOST = {
     "lmp_triton": Provider(ours("triton", standing_in=True), pooled=True),
@@ -64,7 +65,7 @@ SETS = {
     "core": Set("the paper's crops, a city, many classes: what a GPU does in minutes", ((CORE, PROVIDERS),)),
     "full": Set("every shape, type, layout and kind of losses", ((FULL, PROVIDERS),)),
     "cpu": Set("what a CPU does in minutes", ((CPU, PROVIDERS),)),
-    "eager": Set("the eager backend at the paper's crop, against F.cross_entropy", ((EAGER, EAGERS),)),
+    "eager": Set("the eager backend against F.cross_entropy, and what limits it", ((EAGER, EAGERS | PASSES),)),
     "busy": Set(
         "the eager backend quiet, and beside one spinning process a core",
         ((BUSY, EAGERS), (BUSY_SEGMENTS, EAGER_SOLVERS)),

@@ -134,8 +134,14 @@ CPU = tuple(
     for shape in (*PAPER, (1, 19, 512, 1024), (1, 150, 256, 256), (4096, 1000))
     for losses in ("untrained", "trained")
 )
-EAGER = tuple(Workload(PAPER[0], "float32", losses=losses) for losses in ("untrained", "trained"))
-BUSY = tuple(workload._replace(busy=busy) for workload in EAGER for busy in (False, True))
+AT_CROP = tuple(Workload(PAPER[0], "float32", losses=losses) for losses in ("untrained", "trained"))
+EAGER = (
+    *AT_CROP,
+    Workload((8, 11, 64, 64), "float32"),
+    Workload((4096, 1000), "float32"),
+    Workload((64, 10), "float32"),
+)
+BUSY = tuple(workload._replace(busy=busy) for workload in AT_CROP for busy in (False, True))
 BUSY_SEGMENTS = tuple(Losses(605_000, "trained", busy=busy) for busy in (False, True))
 SEGMENTS = tuple(
     Losses(n, losses, p)

@@ -103,6 +103,16 @@ def test_providers(name):
         assert value.isfinite() and logits.grad.isfinite().all()
 
 
+def test_the_passes_alone_are_a_cross_entropy():
+    logits, target = workloads.TINY[0].make(torch.device("cpu"), 3)
+    target.clamp_min_(0)
+    value = providers.passes_alone(workloads.TINY[0])(logits, target)
+    expected = torch.nn.functional.cross_entropy(logits, target)
+    (grad,), (right,) = (torch.autograd.grad(x, logits) for x in (value, expected))
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad, right)
+
+
 def test_upsampling_is_timed_beside_interpolation():
     """Loss and gradient against the oracle's through a float64 interpolation; memory from PyTorch's allocations."""
     some = ("lmp_triton, eager, upsampled", "F.interpolate + lmp_triton, eager", providers.LARGE)
