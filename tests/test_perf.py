@@ -224,10 +224,12 @@ def test_sets_are_named(capsys):
 
 @pytest.mark.skipif(CUDA, reason="shows what it does without a GPU")
 def test_gpu_session_without_a_gpu(tmp_path):
+    from lmp_triton.perf import gpu_session
+
     command = ["bash", str(PERF / "gpu_session.sh"), "--out", str(tmp_path / "out")]
     environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
     said = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
-    assert "environment" in said and said.count("no GPU: not run") == 12
+    assert "environment" in said and said.count("no GPU: not run") == len(gpu_session.stages(tmp_path)) - 1
     with tarfile.open(tmp_path / "out" / "gpu_session.tar.gz") as archive:
         assert {"gpu_session/summary.txt", "gpu_session/environment.log"} <= set(archive.getnames())
 
