@@ -74,6 +74,7 @@ SETTINGS = {
     ],
     "ratio": [Setting(p=1.3, ratio=ratio) for ratio in (0.1, 0.25, 0.5)],
     "p": [Setting(p=p, ratio=0.1) for p in (1.0, 2.0, 1.1, 1.5, 2.3)],
+    "top-k": [Setting(p=1.0, ratio=0.25)],
     "lr": [Setting("cross-entropy", lr=0.3), Setting(p=1.3, ratio=0.1, lr=0.3), Setting("cross-entropy", lr=0.03)],
     "focal": [Setting("focal", lr=lr) for lr in (1.0, 3.0)],
 }

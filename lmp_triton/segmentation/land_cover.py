@@ -26,6 +26,7 @@ SETTINGS = [
     CROSS_ENTROPY,
     Setting(p=1.0, ratio=0.25, lr=demo.LEARNING_RATE),
     Setting(p=1.3, ratio=0.25, lr=demo.LEARNING_RATE),
+    Setting(p=1.3, ratio=0.1, lr=demo.LEARNING_RATE),
 ]
 
 

@@ -186,7 +186,12 @@ def spread(values: pd.Series, signed: bool = False) -> str:
 
 def on_land_cover(rows: pd.DataFrame) -> str:
     """What the runs on the land-cover scene gave, and how they were made."""
-    names = ("cross-entropy", "top-k: mean of the hardest 25 % (p = 1)", "loss max-pooling (p = 1.3, ratio 0.25)")
+    names = (
+        "cross-entropy",
+        "top-k: mean of the hardest 25 % (p = 1)",
+        "loss max-pooling (p = 1.3, ratio 0.25)",
+        "loss max-pooling (p = 1.3, ratio 0.1)",
+    )
     settings = dict(zip(names, land_cover.SETTINGS, strict=True))
     made = f"{rows.cpu_seconds.median():.0f} CPU seconds a training (median)" if len(rows) else "none was made yet"
     return f"""{table(rows, settings, land_cover.CROSS_ENTROPY)}
@@ -209,6 +214,7 @@ def page(rows: pd.DataFrame, scene: pd.DataFrame) -> str:
         "focal (γ = 2, each class against the others)": setting("focal"),
         "top-k: mean of the hardest 5 % (p = 1)": setting(p=1.0, ratio=0.05),
         "top-k: mean of the hardest 10 %": setting(p=1.0, ratio=0.1),
+        "top-k: mean of the hardest 25 %": setting(p=1.0, ratio=0.25),
         "loss max-pooling alone (p = 1.3, ratio 0.05)": POOLING,
         "LMP: the same with complementary sampling": setting(p=1.3, ratio=0.05, sampling="inverse-iou"),
     }
