@@ -157,6 +157,20 @@ def test_an_option_out_of_range_ends_with_status_2_and_no_traceback(option, reas
     assert reason in capsys.readouterr().err
 
 
+def test_half_a_checkpoint_ends_with_status_2(tmp_path, capsys):
+    whole, half = tmp_path / "whole.ckpt", tmp_path / "half.ckpt"
+    torch.save({"state_dict": torch.zeros(1000)}, whole)
+    half.write_bytes(whole.read_bytes()[:2000])
+    assert train(*digits(2, f"--ckpt_path={half}")) == 2
+    assert "half.ckpt: not a checkpoint, or not all of one" in capsys.readouterr().err
+
+
+def test_an_image_too_small_for_its_tiles_ends_with_status_2(capsys):
+    tiles = ("--model.tiles=[1, 5]", "--model.overlap=62", "--trainer.num_sanity_val_steps=1")
+    assert train(*digits(2, *tiles)) == 2
+    assert "64 pixels are too few for 5 tiles with an overlap of 62" in capsys.readouterr().err
+
+
 def test_an_unknown_option_ends_with_status_2(capsys):
     with pytest.raises(SystemExit) as end:
         train("--config", "digits", "--model.learning_rate", "1")

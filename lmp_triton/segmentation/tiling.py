@@ -29,6 +29,10 @@ class Span(NamedTuple):
     last: int
 
 
+class TooSmall(ValueError):
+    """An image has too few pixels for the tiles asked for."""
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How an image is cut: either into a number of tiles or into tiles of a size. Each is a pair (rows, columns).
@@ -69,7 +73,7 @@ class Tiling:
         if self.count is not None:
             count = self.count[axis]
             if count > 1 and length - overlap < count:
-                raise ValueError(f"{length} pixels are too few for {count} tiles with an overlap of {overlap}")
+                raise TooSmall(f"{length} pixels are too few for {count} tiles with an overlap of {overlap}")
             starts = [i * (length - overlap) // count for i in range(count)]
             stops = [start + overlap for start in starts[1:]] + [length]
         else:

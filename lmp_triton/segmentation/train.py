@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+import zipfile
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jsonargparse  # noqa: F401  # what Lightning's command line stands on: if it is missing, say so at once
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -24,6 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from .data import SegmentationData
 from .datasets import DatasetError
 from .task import SegmentationTask
+from .tiling import TooSmall
 
 __all__ = ["add_arguments", "main", "recipes", "run"]
 
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
                 save_config_kwargs={"overwrite": True},
                 parser_kwargs={"prog": "lmp-triton train"},
             )
-    except (DatasetError, _UsageError) as error:
+    except (DatasetError, TooSmall, _UsageError) as error:
         print(f"lmp-triton train: {error}", file=sys.stderr)
         return 2
     return 0
@@ -76,11 +79,16 @@ class _CommandLine(LightningCLI):
         except (MisconfigurationException, OSError, TypeError, ValueError) as error:
             raise _UsageError(str(error)) from error
 
-    def before_fit(self) -> None:
-        """Look for the checkpoint before the data are read."""
-        path = str(self.config_init["fit"]["ckpt_path"] or "last")
-        if path not in ("best", "last", "hpc") and ":" not in path and not Path(path).exists():
+    def parse_arguments(self, *arguments: Any, **options: Any) -> None:
+        """Look at the checkpoint before anything is built."""
+        super().parse_arguments(*arguments, **options)
+        path = str(self.config["fit"]["ckpt_path"] or "last")
+        if path in ("best", "last", "hpc") or ":" in path:
+            return
+        if not Path(path).exists():
             raise _UsageError(f"--ckpt_path {path}: no such file")
+        if Path(path).is_file() and not zipfile.is_zipfile(path):
+            raise _UsageError(f"--ckpt_path {path}: not a checkpoint, or not all of one")
 
 
 class _UsageError(Exception):
