@@ -10,8 +10,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import triton
 
 from ..settings import MAX_CLASSES
+
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+"""It spills in the sort unless it is told how many registers there are; newer ones then take more than they need."""
 
 
 class StreamConfig(NamedTuple):
@@ -96,6 +100,8 @@ class SortConfig(NamedTuple):
     warps: int
     up_to: int
     """solver="auto": segments up to this length are sorted, longer ones searched."""
+    registers: int | None
+    """That a thread may have, see `launcher.launch`."""
 
 
 class NodesConfig(NamedTuple):
@@ -160,7 +166,7 @@ AMPERE = Table(
         approximation="approx",
     ),
     forward_solve_block=128,
-    sort=SortConfig(run=2048, lanes=128, warps=8, up_to=2048),
+    sort=SortConfig(run=2048, lanes=128, warps=8, up_to=2048, registers=255 if OLD_TRITON else None),
     nodes=NodesConfig(block=128, chunk=16, warps=4),
     upsampled=UpsampledConfig(
         chunk=24, groups=4, span=8, lanes=64, height=8, warps=4, per_multiprocessor=4, registers=255

@@ -230,4 +230,4 @@ def solve_by_sorting(
     buffers = (losses, sorted_runs, powers, sums, workspace, outputs, parameters)
     task = Task(*buffers, runs, length // unit, fraction_bits(length))
     constants = Constants(reduction, runs == 1, unit, config.run, config.run.bit_length(), config.lanes)
-    launch(sort_kernel, segments * runs, (task,), (constants,), config.warps)
+    launch(sort_kernel, segments * runs, (task,), (constants,), config.warps, registers=config.registers)

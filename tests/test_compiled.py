@@ -51,8 +51,6 @@ def version(table):
 
 SPILLS = {
     "3.6": {
-        "sort one run": 4,
-        "sort runs": 16,
         "softmax_losses fp32 C=1024": 4,
         "upsampled_losses C=19 any sizes weights smoothing": 3,
         "upsampled_gradient C=19 any sizes weights smoothing": 6,
@@ -60,7 +58,7 @@ SPILLS = {
     },
     "3.9": {"forward cooperative bf16 C=150": 4},
 }
-"""What is known to spill, by Triton's version, and at most how many instructions: with the oldest the sort, one
+"""What is known to spill, by Triton's version, and at most how many instructions: with the oldest one
 number of classes and two forms of upsampled logits, with the newest a launch that is off by default. Not to grow."""
 
 
