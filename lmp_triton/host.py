@@ -113,12 +113,11 @@ def powers(losses: Array, t: float, high: float, q: float) -> tuple[float, int, 
             x /= t
             np.log2(x, out=x)
             x *= q
-        else:  # `search.log2_ratio_near`
+        else:
             x -= t
             x /= t
-            x /= x + 2
-            np.arctanh(x, out=x)
-            x *= 2 * math.log2(math.e) * q
+            np.log1p(x, out=x)
+            x *= q / math.log(2)
         total += float(np.exp2(x, out=x).sum(dtype=np.float64))
         near, over = ell > t, ell > high
         beyond += int(np.count_nonzero(over))

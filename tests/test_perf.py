@@ -128,11 +128,21 @@ def test_upsampling_is_timed_beside_interpolation():
     )
 
 
-def test_a_wrong_upsampled_gradient_gets_no_time(monkeypatch):
-    name = "lmp_triton, eager, upsampled"
-    wrong = providers.Provider(lambda w: lambda x, y: 0.99 * providers.UPSAMPLED[name].make(w)(x, y), pooled=True)
-    found = sets.timing.rows_of(workloads.TINY_UPSAMPLING[0], {name: wrong}, torch.device("cpu"), 1e9)
-    assert found[name][0]["status"].startswith("wrong: the loss is")
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_wrong_upsampled_gets_no_time(what):
+    name, workload = "lmp_triton, eager, upsampled", workloads.TINY_UPSAMPLING[0]
+
+    def make(workload):
+        right = providers.UPSAMPLED[name].make(workload)
+
+        def loss(logits, target):
+            value = right(logits, target)
+            return 0.99 * value if what == "loss" else value + 0.01 * (value - value.detach())
+
+        return loss
+
+    found = sets.timing.rows_of(workload, {name: providers.Provider(make, pooled=True)}, torch.device("cpu"), 1e9)
+    assert found[name][0]["status"].startswith(f"wrong: the {what} is")
 
 
 def test_workloads():
