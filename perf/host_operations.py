@@ -1,0 +1,101 @@
+"""Why the eager backend does on the CPU in NumPy what it does once a loss: PyTorch's operations beside NumPy's.
+
+    python perf/host_operations.py [--csv FILE]
+
+One thread; numbers that lie in the cache; medians in microseconds of 32 768 float32. Then the search on the host,
+segments sorted whole beside counted, and in rounds, minima of CPU time in milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lmp_triton import search
+
+SEGMENTS = ((1, 4096), (64, 4096), (16, 8192), (16, 16_384), (512, 1000), (1, 605_000))
+ROUNDS_UP_TO = 1 << 19
+"""Losses beyond which the search in rounds is left out."""
+
+
+def seconds(run: Callable[[], object], repeats: int, clock: Callable[[], float]) -> list[float]:
+    """The first is not counted."""
+    found = []
+    for _ in range(repeats + 1):
+        start = clock()
+        run()
+        found.append(clock() - start)
+    return found[1:]
+
+
+def operations() -> pd.DataFrame:
+    """Both libraries' ways to the same."""
+    x = torch.rand(1 << 15) * 4 + 0.01
+    few, bits, label = (x > 2) & (x < 2.01), x.view(torch.int32) >> 16, torch.randint(19, x.shape)
+    y, mask, short, counts = torch.empty_like(x), x > 2, label.short(), torch.zeros(1 << 16, dtype=torch.int64)
+    a, b, o, m, s, at = x.numpy(), few.numpy(), y.numpy(), mask.numpy(), short.numpy(), label.numpy()
+    one, index, q = counts.new_ones(1).expand(x.shape), bits.long(), np.float32(4.333)
+    ways: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "comparison": (lambda: x > 2.0, lambda: a > np.float32(2)),
+        "number of True": (mask.sum, lambda: np.count_nonzero(m)),
+        "picking out a few": (lambda: x[few], lambda: a[b]),
+        "power": (lambda: torch.pow(x, 4.333, out=y), lambda: np.power(a, q, out=o)),
+        "power by log2 and exp2": (lambda: (x.log2() * 4.333).exp2_(), lambda: np.exp2(np.log2(a) * q)),
+        "exp2": (lambda: torch.exp2(x, out=y), lambda: np.exp2(a, out=o)),
+        "product": (lambda: torch.mul(x, 2.0, out=y), lambda: np.multiply(a, q, out=o)),
+        "masked fill": (lambda: y.masked_fill_(mask, 1.0), lambda: np.copyto(o, q, where=m)),
+        "int64 with int16": (lambda: label == short, lambda: at == s),
+        "counting by 16 bits": (
+            lambda: counts.scatter_add_(0, index, one),
+            lambda: np.bincount(bits.numpy(), minlength=1 << 15),
+        ),
+    }
+    rows = []
+    for name, both in ways.items():
+        torch_us, numpy_us = (1e6 * statistics.median(seconds(way, 50, time.perf_counter)) for way in both)
+        rows.append({"what": name, "torch": torch_us, "numpy": numpy_us})
+    return pd.DataFrame(rows)
+
+
+def searches() -> pd.DataFrame:
+    """The search by each of its ways."""
+    ratio, q = torch.tensor(0.25, dtype=torch.float64), torch.tensor(4.333, dtype=torch.float64)
+    rows, limit = [], search.SORTED_LENGTH
+    for shape in SEGMENTS:
+        losses, found = 3 * torch.rand(shape), {"what": f"search, {shape[0]} of {shape[1]}"}
+        for name, up_to in (("sorted", 1 << 15), ("counted", 0)):
+            if shape[1] <= up_to or not up_to:
+                search.SORTED_LENGTH = up_to
+                found[name] = 1e3 * min(
+                    seconds(functools.partial(search.on_the_host, losses, ratio, q), 9, time.process_time)
+                )
+        if losses.numel() <= ROUNDS_UP_TO:
+            found["rounds"] = 1e3 * min(
+                seconds(functools.partial(search.in_rounds, losses, ratio, q), 3, time.process_time)
+            )
+        rows.append(found)
+    search.SORTED_LENGTH = limit
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", help="write the table there as well")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    table = pd.concat([operations(), searches()], ignore_index=True)
+    print(f"torch {torch.__version__}, NumPy {np.__version__}")
+    print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}", na_rep=""))
+    if options.csv:
+        table.round(3).to_csv(options.csv, index=False)
+
+
+if __name__ == "__main__":
+    main()
