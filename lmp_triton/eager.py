@@ -7,8 +7,10 @@ nothing and passes are cut into slices (`slices`); there some stages have a form
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,61 +153,82 @@ def solve(pixels: PixelLosses, pool: Pool) -> Pooling:
 
     pool.solver is unused here: it chooses among kernels.
     """
-    group = pool.group
     losses = pixels.losses.view(segments_of(pixels.losses.shape[0], pool.scope), -1)
-    dtype, wide = losses.dtype, search.wide(losses.device)
+    p: Any
+    ratio: Any
+    if search.gives_arrays(losses, pool.group):
+        p, ratio = (host.np.float64(float(x)) for x in (pool.p, pool.ratio))
+        value, rows, counts = _solve_arrays(host.np, losses, p, ratio, pool)
+        found = (torch.from_numpy(x) for x in (host.np.asarray(value), host.np.stack(rows), host.np.stack(counts)))
+        value, solution, counted = found
+        return Pooling(value.to(losses.dtype), solution.to(losses.dtype), counted)
+    wide = search.wide(losses.device)
     p, ratio = (
         x.to(wide) if isinstance(x, Tensor) else torch.full((), x, dtype=wide, device=losses.device)
         for x in (pool.p, pool.ratio)
     )
-    q = torch.where(p == torch.inf, 1.0, p / (p - 1)).clamp_max(Q_CAP[dtype])
-    exponent = (1 / (p - 1)).clamp_max(Q_CAP[dtype])
+    value, rows, counts = _solve(torch, losses, p, ratio, pool)
+    return Pooling(value.to(losses.dtype), torch.stack([x.to(losses.dtype) for x in rows]), torch.stack(counts))
+
+
+def _solve(xp: Any, losses: Tensor, p: Any, ratio: Any, pool: Pool) -> tuple[Any, list[Any], list[Any]]:
+    """The value, the rows of the solution and those of the counts: tensors, or arrays where xp is NumPy, which does
+    a tenth of PyTorch's work for a few numbers."""
+    group, limits = pool.group, torch.finfo(losses.dtype)
+    q = xp.clip(xp.where(p == math.inf, 1.0, p / (p - 1)), None, Q_CAP[losses.dtype])
+    exponent = xp.clip(1 / (p - 1), None, Q_CAP[losses.dtype])
     found = search.find(losses, ratio, q, group)
     valid, m, pivot, above = found.valid, found.m, found.pivot, found.above
-    tau = torch.where(valid > 0, torch.exp2(-(valid.to(wide).log2() / q + m.log2() / p)), 0.0)
+    wide = xp.zeros_like(m)
+    n, some = wide + valid, valid > 0
+    tau = xp.where(some, xp.exp2(-(xp.log2(n) / q + xp.log2(m) / p)), 0.0)
     poisoned = found.poisoned | ~((p >= 1) & (ratio > 0) & (ratio <= 1))
 
     c = m - above
-    log2_excess = torch.where(pivot > 0, (found.power_sum / c).clamp_min(1.0), 1.0).log2()
+    log2_excess = xp.log2(xp.where(pivot > 0, xp.clip(found.power_sum / c, 1.0, None), 1.0))
     drop = log2_excess * (exponent / q)
-    growth = torch.exp2(log2_excess / q)
-    alpha, rest = pivot.to(wide) * growth, (tau * c * growth) * pivot  # α* may be above the largest number, τ·c·α* not
+    growth = xp.exp2(log2_excess / q)
+    alpha, rest = (wide + pivot) * growth, (tau * c * growth) * pivot  # α* may be above the largest number, τ·c·α* not
 
-    uniform = (valid > 0) & ((m >= valid) | (q == 1))
-    pivot = torch.where(uniform, UNIFORM_PIVOT, pivot)
-    drop = torch.where(uniform, 0.0, drop)
+    uniform = some & ((m >= n) | (q == 1))
+    pivot = xp.where(uniform, UNIFORM_PIVOT, pivot)
+    drop = xp.where(uniform, 0.0, drop)
     tied = search.count(losses == pivot.unsqueeze(1)) if found.tied is None else found.tied
-    heavy = _sum_above(losses, pivot, torch.where(uniform, valid, above) if group is None else None, tau)
+    heavy = _sum_above(losses, pivot, xp.where(uniform, valid, above) if group is None else None, tau)
     if group is not None:
-        heavy, ties = distributed.sum_of_reals(torch.stack([heavy, tied.to(wide)]), group)
+        heavy, ties = distributed.sum_of_reals(torch.stack([heavy, wide + tied]), group)
         tied = ties.long()
-    saturated = torch.where(uniform, valid, above + torch.where((drop == 0) & (pivot > 0), tied, 0))
-    loss = torch.where(valid > 0, heavy + torch.where(uniform, 0.0, rest), 0.0)
-    loss = loss.clamp_max(torch.finfo(dtype).max)  # it is at most the largest loss: beyond by a rounding
+    saturated = xp.where(uniform, valid, above + xp.where((drop == 0) & (pivot > 0), tied, 0))
+    loss = xp.where(some, heavy + xp.where(uniform, 0.0, rest), 0.0)
+    loss = xp.clip(loss, None, limits.max)  # it is at most the largest loss: beyond by a rounding
 
-    loss, alpha, tau, drop = (torch.where(poisoned, torch.nan, x) for x in (loss, alpha, tau, drop))
-    step = tau
+    loss, alpha, tau, drop = (xp.where(poisoned, math.nan, x) for x in (loss, alpha, tau, drop))
+    value, step = loss, tau
     if pool.reduction == "mean":
-        scale = (valid > 0).to(wide) / (valid > 0).sum().clamp_min(1)
+        scale = (wide + some) / xp.clip(some.sum(), 1, None)
         value, step = (loss * scale).sum(), tau * scale
-    else:
-        value = loss.sum() if pool.reduction == "sum" else loss
-    rows = (alpha, tau, pivot, drop, step, exponent.expand_as(tau))
-    return Pooling(value.to(dtype), torch.stack([x.to(dtype) for x in rows]), torch.stack([valid, saturated]))
+    elif pool.reduction == "sum":
+        value = loss.sum()
+    return value, [alpha, tau, pivot, drop, step, wide + exponent], [valid, saturated]
 
 
-def _sum_above(losses: Tensor, pivot: Tensor, above: Tensor | None, tau: Tensor) -> Tensor:
+_solve_arrays = host.quiet(_solve)
+
+
+def _sum_above(losses: Tensor, pivot: Any, above: Any | None, tau: Any) -> Any:
     """τ·Σ_{ℓ > pivot} ℓ, (S,) in the wide type; `above`: how many they are, if known."""
-    wide = tau.dtype
-    if not host.serves(losses) or above is None or losses.dtype == wide:
-        largest = torch.where(losses > pivot.unsqueeze(1), losses, 0.0)
-        if losses.dtype != wide:
-            return tau * largest.sum(1, dtype=wide)
-        # The sum may be above the largest number, τ times it is not.
-        shrink = torch.where((largest > 1).any(1), 2.0**-40, 1.0)
-        return tau * (largest * shrink.unsqueeze(1)).sum(1) / shrink
-    # Twice as quick: those up to the pivot count as the pivot, and are taken off again.
-    return tau * (host.sum_above(losses, pivot) - (losses.shape[1] - above) * pivot.to(wide))
+    wide = search.wide(losses.device)
+    if not isinstance(tau, Tensor) and losses.dtype != wide and above is not None:
+        # Twice as quick: those up to the pivot count as the pivot, and are taken off again.
+        return tau * (host.sum_above(losses, pivot) - (losses.shape[1] - above) * pivot.astype(tau.dtype))
+    if not isinstance(tau, Tensor):
+        return host.array(_sum_above(losses, torch.from_numpy(pivot), None, torch.from_numpy(tau)))
+    largest = torch.where(losses > pivot.unsqueeze(1), losses, 0.0)
+    if losses.dtype != wide:
+        return tau * largest.sum(1, dtype=wide)
+    # The sum may be above the largest number, τ times it is not.
+    shrink = torch.where((largest > 1).any(1), 2.0**-40, 1.0)
+    return tau * (largest * shrink.unsqueeze(1)).sum(1) / shrink
 
 
 def pool_logits(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, pool: Pool) -> tuple[PixelLosses, Pooling]:
@@ -260,12 +283,11 @@ def total_weight(pixels: PixelLosses, solution: Tensor) -> Tensor:
 def pixel_weights(pixels: PixelLosses, solution: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
     """See `types.Backend`."""
     losses = pixels.losses.view(solution.shape[1], -1)
-    scale = solution[STEP] * grad_output
     out = torch.empty_like(losses, dtype=dtype)
-    if host.alone(losses) and dtype == losses.dtype and 0.2 <= (exponent := float(solution[EXPONENT, 0])) <= host.LARGE:
-        host.weights(losses, solution[PIVOT], solution[DROP], scale, exponent, out)
+    if host.alone(losses) and dtype == losses.dtype and 0.2 <= float(solution[EXPONENT, 0]) <= host.LARGE:
+        host.weights(losses, solution, grad_output, out)
         return out.view_as(pixels.losses)
-    scale = scale.unsqueeze(1).expand_as(losses)
+    scale = (solution[STEP] * grad_output).unsqueeze(1).expand_as(losses)
     for x, factor, w, *found in cut_pixels(losses, scale, out, *_solution_of_losses(losses, solution)):
         # A NaN scale (a poisoned segment) times 0 is NaN as well: ignored pixels are set last.
         w.copy_(relative_weights(x, solution[EXPONENT, 0], *found).mul_(factor).masked_fill_(x == IGNORED, 0.0))

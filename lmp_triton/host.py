@@ -8,7 +8,6 @@ blocks that stay in the cache.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .settings import on_host
-from .types import IGNORED
+from .types import DROP, EXPONENT, IGNORED, PIVOT, STEP
 
 try:
     import numpy as np
@@ -32,6 +31,8 @@ T = TypeVar("T")
 
 BLOCK = 1 << 15
 """Numbers of a block."""
+
+LOG2E = 1.4426950408889634
 
 LARGE = 16.0
 """A power up to which the logarithm of a ratio near 1 may be that of the rounded ratio."""
@@ -91,65 +92,47 @@ def mark(losses: Tensor, target: Tensor, labels: Tensor, ignore_index: int) -> N
         np.copyto(ell, IGNORED, where=y == ignore_index)
 
 
+def exp2(x: Array) -> None:
+    """2^x of at most `BLOCK` numbers, in place: PyTorch's, whose vector code needs no AVX-512, by this thread alone."""
+    torch.exp2(y := torch.from_numpy(x), out=y)
+
+
 def histogram(bits: Array, shift: int) -> Array:
     """How often each value of 16 bits is there among integers (n,), from bit `shift` on; (2^16,) int64."""
-    counts = np.zeros(1 << 16, np.int64)
-    for some in np.split(bits, range(COUNTED, len(bits), COUNTED)):
-        counts += np.bincount((some >> shift) & 0xFFFF, minlength=1 << 16)
-    return counts
+    pieces = (bits[start : start + COUNTED] for start in range(0, len(bits), COUNTED))
+    counts = (np.bincount((some >> shift) & 0xFFFF, minlength=1 << 16) for some in pieces)
+    return functools.reduce(np.add, counts)
 
 
 @quiet
-def powers(losses: Array, t: float, high: float, q: float) -> tuple[float, int, Array]:
-    """Of losses (n,): Σ (min(ℓ, t)/t)^q over the positive ones, how many are above `high`, and those in (t, high].
-
-    Args:
-        q: of a large one only the powers of losses close to t count, and their logarithms must be exact.
-    """
-    total, beyond, inside = 0.0, 0, []
-    for _, (ell,) in blocks(losses[None]):
-        x = np.clip(ell, 0, t)
-        if q <= LARGE:
-            x /= t
-            np.log2(x, out=x)
-            x *= q
-        else:
-            x -= t
-            x /= t
-            np.log1p(x, out=x)
-            x *= q / math.log(2)
-        total += float(np.exp2(x, out=x).sum(dtype=np.float64))
-        near, over = ell > t, ell > high
-        beyond += int(np.count_nonzero(over))
-        inside.append(ell[near ^ over])
-    return total, beyond, np.concatenate(inside)
-
-
-@quiet
-def sum_above(losses: Tensor, least: Tensor) -> Tensor:
-    """Σ max(ℓ, least) of each row of losses (S, n), for least (S,); (S,) float64."""
-    total, least_ = np.zeros(len(losses)), array(least)[:, None]
+def sum_above(losses: Tensor, least: Array) -> Array:
+    """Σ max(ℓ, least) of each row of losses (S, n), for least (S,) of their type; (S,) float64."""
+    total = np.zeros(len(losses))
     for rows, (ell,) in blocks(array(losses)):
-        total[rows] += np.maximum(ell, least_[rows]).sum(1, dtype=np.float64)
-    return torch.from_numpy(total)
+        total[rows] += np.maximum(ell, least[rows, None]).sum(1, dtype=np.float64)
+    return total
 
 
 @quiet
-def weights(losses: Tensor, pivot: Tensor, drop: Tensor, scale: Tensor, exponent: float, out: Tensor) -> None:
-    """scale·w*/τ of losses (S, n) into `out`: see `eager.relative_weights`; 0 of an ignored one.
+def weights(losses: Tensor, solution: Tensor, grad_output: Tensor, out: Tensor) -> None:
+    """w*·∂value/∂loss_s·grad_output of losses (S, n) into `out`, of their type, where q − 1 is at most `LARGE`.
 
     Args:
-        pivot, drop, scale: (S,), in the type of the losses.
-        exponent: q − 1, above 0 and at most `LARGE`.
+        solution, grad_output: see `types.Backend.pixel_weights`.
     """
-    pivots, drops, scales = (array(x)[:, None] for x in (pivot, drop, scale))
+    rows_ = array(solution)[:, :, None]
+    pivots, drops, exponent = rows_[PIVOT], rows_[DROP], float(rows_[EXPONENT, 0, 0])
+    scales = rows_[STEP] * array(grad_output).reshape(-1, 1)
     bases = np.where(pivots > 0, pivots, pivots.dtype.type(1))
     for rows, (ell, w) in blocks(array(losses), array(out)):
-        np.divide(ell, bases[rows], out=w)
-        np.log2(w, out=w)
-        w *= exponent
-        w -= drops[rows]
-        np.exp2(w, out=w)
-        np.copyto(w, 1.0, where=ell > pivots[rows])
+        np.clip(ell, 0, bases[rows], out=w)
+        w /= bases[rows]
+        np.log(w, out=w)
+        w *= exponent * LOG2E
+        w -= (ell <= pivots[rows]) * drops[rows]
+        exp2(w)
+        if not (pivots[rows] > 0).all():
+            np.copyto(w, 1.0, where=ell > pivots[rows])
         w *= scales[rows]
-        np.copyto(w, 0.0, where=ell == IGNORED)
+        if not np.isfinite(scales[rows]).all():  # elsewhere they are 0 already
+            np.copyto(w, 0.0, where=ell == IGNORED)

@@ -16,12 +16,10 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import checks, distributed, host
-from .host import Array, np
-from .settings import compiling, exporting, on_host
+from .host import LOG2E, Array, np
+from .settings import compiling, exporting, on_host, traced
 from .slices import cut_pixels
 from .types import IGNORED
-
-LOG2E = 1.4426950408889634
 
 Q_CAP = {torch.float32: 2.0**40, torch.float64: 2.0**70}
 """Above it q changes nothing: two different losses differ by at least a rounding error, 2^-24 or 2^-53, and that to
@@ -38,19 +36,19 @@ SORTED_LENGTH = 1 << 13
 
 
 class Crossing(NamedTuple):
-    """What a search finds, tensors (S,): counts int64, the pivot in the type of the losses, the others wide."""
+    """What a search finds, tensors or arrays (S,): counts int64, the pivot in the type of losses, the others wide."""
 
-    valid: Tensor
+    valid: Any
     """n."""
-    poisoned: Tensor
+    poisoned: Any
     """Whether a loss is NaN; nothing else holds then."""
-    m: Tensor
-    pivot: Tensor
-    above: Tensor
+    m: Any
+    pivot: Any
+    above: Any
     """|{ℓ > pivot}|."""
-    power_sum: Tensor
+    power_sum: Any
     """Σ_{ℓ ≤ pivot} (ℓ/pivot)^q; 0 for pivot 0."""
-    tied: Tensor | None = None
+    tied: Any = None
     """|{ℓ = pivot}|, where the search has come by it."""
 
 
@@ -78,18 +76,18 @@ def support(valid: Tensor, ratio: Tensor) -> Tensor:
 # --- on the host --------------------------------------------------------------------------------------------------
 
 
-def on_the_host(losses: Tensor, ratio: Tensor, q: Tensor) -> Crossing:
+@host.quiet
+def on_the_host(losses: Tensor, ratio: Any, q: Any) -> Crossing:
     """By looking at values, in NumPy: short segments are sorted, of long ones the few losses near α*.
 
-    Arguments: `in_rounds`. The sums are of floating numbers.
+    Arguments: `in_rounds`, ratio and q also as numbers. The sums are of floating numbers; all it finds are arrays.
     """
-    ell, ratio_, q_ = host.array(losses), float(ratio), float(q)
-    with np.errstate(all="ignore"):  # of zeros, ignored ones, NaN and powers too large or too small for a number
-        if losses.shape[1] <= SORTED_LENGTH:
-            found = [_sorted(some, ratio_, q_) for _, (some,) in host.blocks(ell)]
-        else:
-            found = [_counted(row, ratio_, q_) for row in ell]
-    return Crossing(*(torch.from_numpy(np.concatenate(each)) for each in zip(*found, strict=True)))
+    ell, ratio, q = host.array(losses), float(ratio), float(q)
+    if losses.shape[1] <= SORTED_LENGTH:
+        found = [_sorted(some, ratio, q) for _, (some,) in host.blocks(ell)]
+    else:
+        found = [_counted(row, ratio, q) for row in ell]
+    return Crossing(*(np.concatenate(each) for each in zip(*found, strict=True)))
 
 
 @custom_op("lmp_triton::crossing", mutates_args=(), device_types="cpu")
@@ -98,8 +96,7 @@ def _crossing(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`on_the_host`, where a graph is compiled for the CPU: one opaque node, which may look at values."""
     checks.transforms(losses)
-    valid, poisoned, m, pivot, above, power_sum, tied = on_the_host(losses, ratio, q)
-    assert tied is not None
+    valid, poisoned, m, pivot, above, power_sum, tied = map(torch.from_numpy, on_the_host(losses, ratio, q))
     return valid, poisoned, m, pivot, above, power_sum, tied
 
 
@@ -112,13 +109,18 @@ def _(losses: Tensor, ratio: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor,
     return each(count), each(torch.bool), each(real), each(losses.dtype), each(count), each(real), each(count)
 
 
-def find(losses: Tensor, ratio: Tensor, q: Tensor, group: Any = None) -> Crossing:
+def gives_arrays(losses: Tensor, group: Any = None) -> bool:
+    """Whether `find` searches in NumPy, and takes and gives no tensors of a few numbers."""
+    return group is None and host.serves(losses)
+
+
+def find(losses: Tensor, ratio: Any, q: Any, group: Any = None) -> Crossing:
     """By whichever way fits. What is exported is to run without this package: in rounds. Arguments: `in_rounds`."""
-    if losses.device.type != "cpu" or group is not None or exporting() or not host.PRESENT:
-        return in_rounds(losses, ratio, q, group)
-    if on_host(losses):
+    if gives_arrays(losses, group):
         return on_the_host(losses, ratio, q)
-    return Crossing(*torch.ops.lmp_triton.crossing(losses, ratio, q))
+    if losses.device.type == "cpu" and group is None and host.PRESENT and traced() and not exporting():
+        return Crossing(*torch.ops.lmp_triton.crossing(losses, ratio, q))
+    return in_rounds(losses, ratio, q, group)
 
 
 Found = tuple[Array, Array, Array, Array, Array, Array, Array]
@@ -180,11 +182,30 @@ def _counted(row: Array, ratio: float, q: float) -> Found:
     most = np.finfo(row.dtype).max
     t, high = (float(row.dtype.type(min(x, most))) for x in (low, high))
 
-    total, beyond, inside = host.powers(row, t, high, q)
+    total, beyond, inside = _powers(row, t, high, q)
     near = np.sort(inside)[None]
     # Each loss above t has added (t/t)^q = 1.
     below = np.array([total - (beyond + near.shape[1])])
     return valid, poisoned, m, *_scan_sorted(near, np.array([beyond]), np.array([t]), below, m, q)
+
+
+def _powers(row: Array, t: float, high: float, q: float) -> tuple[float, int, Array]:
+    """Of losses (n,): Σ (min(ℓ, t)/t)^q over the positive ones, how many are above `high`, and those in (t, high]."""
+    total, beyond, inside = 0.0, 0, []
+    for _, (ell,) in host.blocks(row[None]):
+        x = np.clip(ell, 0, t)
+        if q <= host.LARGE:
+            x /= t
+            np.log(x, out=x)
+            x *= q * LOG2E
+        else:  # only the powers of losses close to t count, and their logarithms must be exact
+            x = log2_ratio_near(torch.from_numpy(x), t).mul_(q).numpy()
+        host.exp2(x)
+        total += float(x.sum(dtype=np.float64))
+        near, over = ell > t, ell > high
+        beyond += int(np.count_nonzero(over))
+        inside.append(ell[near ^ over])
+    return total, beyond, np.concatenate(inside)
 
 
 @functools.cache
@@ -218,11 +239,16 @@ def _scan_sorted(
     base = np.where(some, base, 1.0)[:, None]
 
     exponent = ascending.clip(0, None).astype(np.float64)
-    exponent -= base
-    exponent /= base
-    np.log1p(exponent, out=exponent)  # of ℓ/base: from the difference, which is exact near 1
+    if ascending.dtype == np.float64:  # from the difference, which is exact near 1
+        exponent -= base
+        exponent /= base
+        np.log1p(exponent, out=exponent)
+    else:  # no float64 that is not 1 is so near to it that its logarithm would be wrong
+        exponent /= base
+        np.log(exponent, out=exponent)
     exponent *= LOG2E * q
-    power = np.exp2(np.minimum(exponent, 900.0))
+    power = np.minimum(exponent, 900.0)
+    host.exp2(power)
     before = below * np.exp2(LOG2E * q * np.log1p((start - base[:, 0]) / base[:, 0]))
     power_sum = power.cumsum(1)
     power_sum += before[:, None]

@@ -147,6 +147,24 @@ def passes_alone(workload: Workload) -> Loss:
     return lambda logits, target: _Passes.apply(logits, target)
 
 
+class _Nothing(torch.autograd.Function):
+    """A loss of 0, and a gradient that nobody has written."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
+def nothing_at_all(workload: Workload) -> Loss:
+    """What PyTorch takes for any loss that has a gradient of its own, were there nothing to compute."""
+    return lambda logits, target: _Nothing.apply(logits)
+
+
 def sorted_pooling(losses: Tensor, valid: Tensor | None, p: float, ratio: float) -> Tensor:
     """Algorithm 1 in eager PyTorch as it is usually written: all losses sorted, prefix sums of powers.
 

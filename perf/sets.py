@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from . import host, timing
-from .providers import PROVIDERS, SOLVERS, UPSAMPLED, Provider, cross_entropy, ours, passes_alone, tuned
+from .providers import PROVIDERS, SOLVERS, UPSAMPLED, Provider, cross_entropy, nothing_at_all, ours, passes_alone, tuned
 from .workloads import (
     BUSY,
     BUSY_SEGMENTS,
@@ -44,7 +44,10 @@ class Set(NamedTuple):
 
 _EAGER = ("lmp_triton, eager", "lmp_triton, eager, compiled", "LMP by torch.sort", "F.cross_entropy")
 EAGERS = {name: PROVIDERS[name] for name in (*_EAGER, "F.cross_entropy, compiled")}
-PASSES = {"the passes over logits alone": Provider(passes_alone)}
+PASSES = {
+    "the passes over logits alone": Provider(passes_alone),
+    "an autograd.Function of nothing": Provider(nothing_at_all),
+}
 EAGER_SOLVERS = {name: SOLVERS[name] for name in ("lmp_triton, eager", "LMP by torch.sort")}
 HOST = {
     "lmp_triton": Provider(ours("triton", standing_in=True), pooled=True),

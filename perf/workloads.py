@@ -137,6 +137,8 @@ CPU = tuple(
 AT_CROP = tuple(Workload(PAPER[0], "float32", losses=losses) for losses in ("untrained", "trained"))
 EAGER = (
     *AT_CROP,
+    Workload((2, 19, 400, 400), "float32"),
+    Workload((2, 19, 256, 256), "float32"),
     Workload((8, 11, 64, 64), "float32"),
     Workload((4096, 1000), "float32"),
     Workload((64, 10), "float32"),

@@ -60,12 +60,11 @@ def test_numpy_does_what_pytorch_does(rng, monkeypatch, p, dtype):
     far = 20 * 10 ** -torch.rand(2, 50)
     losses = torch.cat([torch.rand(2, 150), torch.zeros(2, 9), torch.full((2, 9), 0.7), far], 1).to(dtype)
     mask = torch.rand(losses.shape) < 0.9
-    on_the_host = search.on_the_host
     for ratio in (0.3, 0.001):
         solutions = [oracle(losses[row][mask[row]], p, ratio) for row in range(2)]
         loss = sum(solution.loss for solution in solutions) / 2
-        for threads, found in ((2, on_the_host), (3, on_the_host), (3, search.in_rounds)):
-            monkeypatch.setattr(search, "on_the_host", found)
+        for threads, arrays in ((2, search.gives_arrays), (3, search.gives_arrays), (3, lambda *_: False)):
+            monkeypatch.setattr(search, "gives_arrays", arrays)
             x = losses.clone().requires_grad_()
             with cut_small(threads):
                 value, stats = lmp_triton.pool_losses(x, mask, p=p, ratio=ratio, backend="eager", return_stats=True)
