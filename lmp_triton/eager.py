@@ -316,10 +316,14 @@ def logits_gradient(
         labels, spread, hit, weights = (x.unsqueeze(1) for x in (labels, *factors, weights))
         return _gradient(logits, labels, spread, hit, weights, share).to(logits.dtype).view(shape)
 
-    spread, hit = torch.empty_like(weights), torch.empty_like(weights)
+    plain = weight is None and not smoothing
+    spread, hit = weights if plain else torch.empty_like(weights), torch.empty_like(weights)
     for w, label, a, b in cut_pixels(weights, labels, spread, hit):
-        for out, factor in zip((a, b), _factors(w, label, weight, smoothing, share), strict=True):
-            out.copy_(factor)
+        if plain:
+            torch.neg(w, out=b)
+        else:
+            for out, factor in zip((a, b), _factors(w, label, weight, smoothing, share), strict=True):
+                out.copy_(factor)
     grad, scratch, softmax = torch.empty_like(logits), Scratch(dtype), Scratch(dtype)
     in_place = grad.dtype == dtype and dense(logits)
     columns = (x.unsqueeze(1) for x in (labels, spread, hit, weights))

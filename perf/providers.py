@@ -148,7 +148,7 @@ def passes_alone(workload: Workload) -> Loss:
 
 
 class _Nothing(torch.autograd.Function):
-    """A loss of 0, and a gradient that nobody has written."""
+    """A loss of 0 and a gradient of zeros."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class _Nothing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        return torch.empty_like(ctx.saved_tensors[0])
+        return torch.zeros_like(ctx.saved_tensors[0])
 
 
 def nothing_at_all(workload: Workload) -> Loss:
