@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from . import distributed, eager_upsampled, host, search
-from .search import Q_CAP, log2_ratio_near
+from .powers import log2_ratio_near
+from .search import Q_CAP
 from .settings import on_host, traced
 from .slices import Scratch, cut, cut_pixels, dense
 from .types import (
@@ -194,7 +195,8 @@ def _solve(xp: Any, losses: Tensor, p: Any, ratio: Any, pool: Pool) -> tuple[Any
     pivot = xp.where(uniform, UNIFORM_PIVOT, pivot)
     drop = xp.where(uniform, 0.0, drop)
     tied = search.count(losses == pivot.unsqueeze(1)) if found.tied is None else found.tied
-    heavy = _sum_above(losses, pivot, xp.where(uniform, valid, above) if group is None else None, tau)
+    summed = found.heavy is not None and losses.dtype != torch.float64  # whose sum may be infinite
+    heavy = tau * found.heavy if summed else _sum_above(losses, pivot, tau)
     if group is not None:
         heavy, ties = distributed.sum_of_reals(torch.stack([heavy, wide + tied]), group)
         tied = ties.long()
@@ -215,17 +217,13 @@ def _solve(xp: Any, losses: Tensor, p: Any, ratio: Any, pool: Pool) -> tuple[Any
 _solve_arrays = host.quiet(_solve)
 
 
-def _sum_above(losses: Tensor, pivot: Any, above: Any | None, tau: Any) -> Any:
-    """τ·Σ_{ℓ > pivot} ℓ, (S,) in the wide type; `above`: how many they are, if known."""
-    wide = search.wide(losses.device)
-    if not isinstance(tau, Tensor) and losses.dtype != wide and above is not None:
-        # Twice as quick: those up to the pivot count as the pivot, and are taken off again.
-        return tau * (host.sum_above(losses, pivot) - (losses.shape[1] - above) * pivot.astype(tau.dtype))
+def _sum_above(losses: Tensor, pivot: Any, tau: Any) -> Any:
+    """τ·Σ_{ℓ > pivot} ℓ, (S,) in the wide type."""
     if not isinstance(tau, Tensor):
-        return host.array(_sum_above(losses, torch.from_numpy(pivot), None, torch.from_numpy(tau)))
+        return host.array(_sum_above(losses, torch.from_numpy(pivot), torch.from_numpy(tau)))
     largest = torch.where(losses > pivot.unsqueeze(1), losses, 0.0)
-    if losses.dtype != wide:
-        return tau * largest.sum(1, dtype=wide)
+    if losses.dtype != tau.dtype:
+        return tau * largest.sum(1, dtype=tau.dtype)
     # The sum may be above the largest number, τ times it is not.
     shrink = torch.where((largest > 1).any(1), 2.0**-40, 1.0)
     return tau * (largest * shrink.unsqueeze(1)).sum(1) / shrink

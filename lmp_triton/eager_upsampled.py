@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from . import bilinear
+from .powers import LOG2E
 from .settings import on_host, traced
 from .types import IGNORED, CrossEntropy, PixelLosses
 
 LN2 = 0.6931471805599453
-LOG2E = 1.4426950408889634
 
 BAND_ELEMENTS = 1 << 19
 """Interpolated logits a band on the CPU: with its exponentials it stays in the second-level cache."""

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from .powers import LOG2E
 from .settings import on_host
 from .types import DROP, EXPONENT, IGNORED, PIVOT, STEP
 
@@ -31,8 +32,6 @@ T = TypeVar("T")
 
 BLOCK = 1 << 15
 """Numbers of a block."""
-
-LOG2E = 1.4426950408889634
 
 LARGE = 16.0
 """A power up to which the logarithm of a ratio near 1 may be that of the rounded ratio."""
@@ -102,15 +101,6 @@ def histogram(bits: Array, shift: int) -> Array:
     pieces = (bits[start : start + COUNTED] for start in range(0, len(bits), COUNTED))
     counts = (np.bincount((some >> shift) & 0xFFFF, minlength=1 << 16) for some in pieces)
     return functools.reduce(np.add, counts)
-
-
-@quiet
-def sum_above(losses: Tensor, least: Array) -> Array:
-    """Σ max(ℓ, least) of each row of losses (S, n), for least (S,) of their type; (S,) float64."""
-    total = np.zeros(len(losses))
-    for rows, (ell,) in blocks(array(losses)):
-        total[rows] += np.maximum(ell, least[rows, None]).sum(1, dtype=np.float64)
-    return total
 
 
 @quiet

@@ -1,4 +1,4 @@
-"""Where the pivot of each segment lies: in rounds, which read no value, or on the host, by counting and sorting.
+"""Where the pivot of each segment lies: in rounds, which read no value, or by `host_search`.
 
 With f(t) = |{ℓ > t}| + Σ_{ℓ ≤ t} (ℓ/t)^q − m, which falls as t grows, α* is the largest root of f. A pivot is a number
 of the type of the losses with f(pivot) ≥ 0 such that no loss lies strictly between it and α*; 0 if fewer than m
@@ -7,16 +7,14 @@ losses are positive. A number ≥ 0 and its bit pattern read as an integer are o
 
 from __future__ import annotations
 
-import functools
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import checks, distributed, host
-from .host import LOG2E, Array, np
+from . import checks, distributed, host, host_search
+from .powers import log2_ratio_near
 from .settings import compiling, exporting, on_host, traced
 from .slices import cut_pixels
 from .types import IGNORED
@@ -30,9 +28,6 @@ PATTERNS = {torch.float32: (torch.int32, 31, 0x7F7FFFFF), torch.float64: (torch.
 
 BUCKETS_LOG2 = 11
 """A round of the search looks at 2^11 thresholds: three rounds pin down all 31 bits of a float32, six a float64."""
-
-SORTED_LENGTH = 1 << 13
-"""Losses of a segment up to which the host sorts them all, at most `host.BLOCK`; of more it counts all, sorts a few."""
 
 
 class Crossing(NamedTuple):
@@ -49,22 +44,15 @@ class Crossing(NamedTuple):
     power_sum: Any
     """Σ_{ℓ ≤ pivot} (ℓ/pivot)^q; 0 for pivot 0."""
     tied: Any = None
-    """|{ℓ = pivot}|, where the search has come by it."""
+    """|{ℓ = pivot}|,"""
+    heavy: Any = None
+    """and Σ_{ℓ > pivot} ℓ, or over all where all weigh the same; in float64, which may overflow: where the search has
+    come by them."""
 
 
 def wide(device: torch.device) -> torch.dtype:
     """The type for scalars of a segment: float64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def log2_ratio_near(x: Tensor, t: Tensor | float) -> Tensor:
-    """log2(x/t) for 0 ≤ x ≤ 2t: from the difference, which is exact near 1. Nothing overflows.
-
-    With d = x/t − 1 it is 2·atanh(d/(2 + d)). (log1p(d) would do as well; PyTorch's CPU code takes thirteen times
-    as long for it as for atanh.)
-    """
-    d = (x - t).div_(t)
-    return d.div_(d + 2).atanh_().mul_(2 * LOG2E)
 
 
 def support(valid: Tensor, ratio: Tensor) -> Tensor:
@@ -73,40 +61,18 @@ def support(valid: Tensor, ratio: Tensor) -> Tensor:
     return torch.minimum(ratio * n, n).clamp_min(1.0)
 
 
-# --- on the host --------------------------------------------------------------------------------------------------
-
-
-@host.quiet
-def on_the_host(losses: Tensor, ratio: Any, q: Any) -> Crossing:
-    """By looking at values, in NumPy: short segments are sorted, of long ones the few losses near α*.
-
-    Arguments: `in_rounds`, ratio and q also as numbers. The sums are of floating numbers; all it finds are arrays.
-    """
-    ell, ratio, q = host.array(losses), float(ratio), float(q)
-    if losses.shape[1] <= SORTED_LENGTH:
-        found = [_sorted(some, ratio, q) for _, (some,) in host.blocks(ell)]
-    else:
-        found = [_counted(row, ratio, q) for row in ell]
-    return Crossing(*(np.concatenate(each) for each in zip(*found, strict=True)))
-
-
 @custom_op("lmp_triton::crossing", mutates_args=(), device_types="cpu")
-def _crossing(
-    losses: Tensor, ratio: Tensor, q: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`on_the_host`, where a graph is compiled for the CPU: one opaque node, which may look at values."""
+def _crossing(losses: Tensor, ratio: Tensor, q: Tensor) -> list[Tensor]:
+    """`host_search`, where a graph is compiled for the CPU: one opaque node, which may look at values."""
     checks.transforms(losses)
-    valid, poisoned, m, pivot, above, power_sum, tied = map(torch.from_numpy, on_the_host(losses, ratio, q))
-    return valid, poisoned, m, pivot, above, power_sum, tied
+    return [torch.from_numpy(x) for x in host_search.segments(host.array(losses), float(ratio), float(q))]
 
 
 @_crossing.register_fake
-def _(losses: Tensor, ratio: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def each(dtype: torch.dtype) -> Tensor:
-        return losses.new_empty(losses.shape[0], dtype=dtype)
-
+def _(losses: Tensor, ratio: Tensor, q: Tensor) -> list[Tensor]:
     count, real = torch.int64, torch.float64
-    return each(count), each(torch.bool), each(real), each(losses.dtype), each(count), each(real), each(count)
+    types = count, torch.bool, real, losses.dtype, count, real, count, real
+    return [losses.new_empty(losses.shape[0], dtype=dtype) for dtype in types]
 
 
 def gives_arrays(losses: Tensor, group: Any = None) -> bool:
@@ -117,160 +83,10 @@ def gives_arrays(losses: Tensor, group: Any = None) -> bool:
 def find(losses: Tensor, ratio: Any, q: Any, group: Any = None) -> Crossing:
     """By whichever way fits. What is exported is to run without this package: in rounds. Arguments: `in_rounds`."""
     if gives_arrays(losses, group):
-        return on_the_host(losses, ratio, q)
+        return Crossing(*host_search.segments(host.array(losses), float(ratio), float(q)))
     if losses.device.type == "cpu" and group is None and host.PRESENT and traced() and not exporting():
         return Crossing(*torch.ops.lmp_triton.crossing(losses, ratio, q))
     return in_rounds(losses, ratio, q, group)
-
-
-Found = tuple[Array, Array, Array, Array, Array, Array, Array]
-"""The arrays of a `Crossing`."""
-
-
-def _support(valid: Array, ratio: float) -> Array:
-    return np.maximum(np.minimum(ratio * valid, valid), 1.0)
-
-
-def _sorted(losses: Array, ratio: float, q: float) -> Found:
-    """All losses of every segment sorted: Algorithm 1 of the paper."""
-    ascending = np.sort(losses, 1)  # ignored ones first, NaN last
-    valid = losses.shape[1] - np.count_nonzero(ascending == IGNORED, 1)
-    m, nothing = _support(valid, ratio), np.zeros(len(losses))
-    found = _scan_sorted(ascending, np.zeros_like(valid), nothing, nothing, m, q)
-    return valid, np.isnan(ascending[:, -1]), m, *found
-
-
-def _counted(row: Array, ratio: float, q: float) -> Found:
-    """One long segment, (n,): a histogram narrows α* down to a factor of 1 + 2^-7; what lies in there is sorted.
-
-    Were every loss the lower edge of its bin, α* would be `low`; were it the upper one, at most that factor more.
-    """
-    integer, bits = (np.int32, 31) if row.dtype == np.float32 else (np.int64, 63)
-    shift, exponent_bits = bits - 15, 8 if bits == 31 else 11
-    counts = host.histogram(row.view(integer), shift)
-    infinite = ((1 << exponent_bits) - 1) << (15 - exponent_bits)
-    ignored = (int(row.dtype.type(IGNORED).view(integer)) >> shift) & 0xFFFF
-    valid = np.array([len(row) - counts[ignored]])
-    m = _support(valid, ratio)
-    poisoned = np.array([counts[infinite : 1 << 15].any()])
-    none, nothing = np.zeros_like(valid), np.zeros(1)
-    used = np.flatnonzero(counts[1:infinite]) + 1
-    if poisoned[0] or not len(used):
-        if poisoned[0] or not (row > 0).any():
-            return valid, poisoned, m, np.zeros(1, row.dtype), none, nothing, none
-        return _sorted(row[None], ratio, q)
-
-    count = counts[used]
-    up_to = count.cumsum()
-    above = up_to[-1] - up_to
-    mantissa_bits = 15 - exponent_bits
-    edges = (used >> mantissa_bits) + _log2_mantissas(mantissa_bits)[used & ((1 << mantissa_bits) - 1)]
-    enough = np.count_nonzero(above + count >= m) - 1  # the bin of the ⌈m⌉-th largest loss: α* is not below
-    if enough < 0 and np.count_nonzero(row > 0) == up_to[-1]:
-        return valid, poisoned, m, np.zeros(1, row.dtype), up_to[-1:], nothing, none
-    bias = (1 << (exponent_bits - 1)) - 1
-    if enough < 0 or edges[enough] < bias // 2:  # from there on denormal numbers, whose bins are wide, add nothing
-        return _sorted(row[None], ratio, q)
-    log2_power = q * (edges - edges[enough])
-    power = np.exp2(np.minimum(log2_power, 900.0))
-    power_sum = (count * power).cumsum() / power
-    last = np.flatnonzero((above + power_sum >= m) & (log2_power < 900.0))[-1]
-    margin = 2.0**-20
-    log2_low = edges[last] - bias + math.log2(power_sum[last] / (m[0] - above[last])) / q
-    low = 2.0 ** min(log2_low, 1023.5) * (1 - margin)
-    high = low * (1 + 2.0**-mantissa_bits) * (1 + 3 * margin) if log2_low < 1023.5 else math.inf
-    most = np.finfo(row.dtype).max
-    t, high = (float(row.dtype.type(min(x, most))) for x in (low, high))
-
-    total, beyond, inside = _powers(row, t, high, q)
-    near = np.sort(inside)[None]
-    # Each loss above t has added (t/t)^q = 1.
-    below = np.array([total - (beyond + near.shape[1])])
-    return valid, poisoned, m, *_scan_sorted(near, np.array([beyond]), np.array([t]), below, m, q)
-
-
-def _powers(row: Array, t: float, high: float, q: float) -> tuple[float, int, Array]:
-    """Of losses (n,): Σ (min(ℓ, t)/t)^q over the positive ones, how many are above `high`, and those in (t, high]."""
-    total, beyond, inside = 0.0, 0, []
-    for _, (ell,) in host.blocks(row[None]):
-        x = np.clip(ell, 0, t)
-        if q <= host.LARGE:
-            x /= t
-            np.log(x, out=x)
-            x *= q * LOG2E
-        else:  # only the powers of losses close to t count, and their logarithms must be exact
-            x = log2_ratio_near(torch.from_numpy(x), t).mul_(q).numpy()
-        host.exp2(x)
-        total += float(x.sum(dtype=np.float64))
-        near, over = ell > t, ell > high
-        beyond += int(np.count_nonzero(over))
-        inside.append(ell[near ^ over])
-    return total, beyond, np.concatenate(inside)
-
-
-@functools.cache
-def _log2_mantissas(bits: int) -> Array:
-    """log2 of 1 + i·2^-bits."""
-    return np.log2(1 + np.arange(1 << bits) / (1 << bits))
-
-
-def _scan_sorted(
-    ascending: Array, beyond: Array, start: Array, below: Array, m: Array, q: float
-) -> tuple[Array, Array, Array, Array]:
-    """The largest loss with f ≥ 0 among ascending ones, or else `start`; with it what `Crossing` says.
-
-    Powers are relative to the ⌈m⌉-th largest loss: α* is not below it, so the sums that count are 1 at least, and f < 0
-    wherever a power overflows.
-
-    Args:
-        ascending: (S, k), those above `start`; those not positive don't count.
-        beyond: (S,), how many losses are larger than all of them.
-        start: (S,), a number with f ≥ 0, or 0.
-        below: (S,), Σ_{ℓ ≤ start} (ℓ/start)^q.
-        m, q: as in `in_rounds`.
-    """
-    k, rows = ascending.shape[1], np.arange(len(ascending))
-    if not k:
-        return start.astype(ascending.dtype), beyond, below, np.zeros_like(beyond)
-    place = np.arange(k)
-    at = k - (np.ceil(m).astype(np.int64) - beyond)
-    base = np.where(at >= 0, ascending[rows, at.clip(0, k - 1)], start)
-    some = base > 0
-    base = np.where(some, base, 1.0)[:, None]
-
-    exponent = ascending.clip(0, None).astype(np.float64)
-    if ascending.dtype == np.float64:  # from the difference, which is exact near 1
-        exponent -= base
-        exponent /= base
-        np.log1p(exponent, out=exponent)
-    else:  # no float64 that is not 1 is so near to it that its logarithm would be wrong
-        exponent /= base
-        np.log(exponent, out=exponent)
-    exponent *= LOG2E * q
-    power = np.minimum(exponent, 900.0)
-    host.exp2(power)
-    before = below * np.exp2(LOG2E * q * np.log1p((start - base[:, 0]) / base[:, 0]))
-    power_sum = power.cumsum(1)
-    power_sum += before[:, None]
-    power_sum /= power
-    # Of tied losses each counts those after it as larger: a 1 for a 1.
-    fits = power_sum >= (m - beyond - (k - 1))[:, None] + place
-    fits &= (power > 0) & (exponent < 900.0) & some[:, None]
-    found = fits.any(1)
-    last = k - 1 - fits[:, ::-1].argmax(1)
-    pivot = ascending[rows, last]
-    last = np.count_nonzero(ascending <= pivot[:, None], 1) - 1
-    tied = np.count_nonzero(ascending == pivot[:, None], 1)
-    above_start = np.count_nonzero(ascending > start[:, None], 1)
-    return (
-        np.where(found, pivot, start.astype(ascending.dtype)),
-        beyond + np.where(found, k - 1 - last, above_start),
-        np.where(found, power_sum[rows, last.clip(0)], below),
-        np.where(found, tied, 0),
-    )
-
-
-# --- in rounds ----------------------------------------------------------------------------------------------------
 
 
 def in_rounds(losses: Tensor, ratio: Tensor, q: Tensor, group: Any = None) -> Crossing:

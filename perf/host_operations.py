@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lmp_triton import search
+from lmp_triton import host_search, search
 
 SEGMENTS = ((1, 4096), (64, 4096), (16, 8192), (16, 16_384), (512, 1000), (1, 605_000))
 ROUNDS_UP_TO = 1 << 19
@@ -72,21 +72,20 @@ def operations() -> pd.DataFrame:
 def searches() -> pd.DataFrame:
     """The search by each of its ways."""
     ratio, q = torch.tensor(0.25, dtype=torch.float64), torch.tensor(4.333, dtype=torch.float64)
-    rows, limit = [], search.SORTED_LENGTH
+    rows, limit = [], host_search.SORTED_LENGTH
     for shape in SEGMENTS:
         losses, found = 3 * torch.rand(shape), {"what": f"search, {shape[0]} of {shape[1]}"}
         for name, up_to in (("sorted", 1 << 15), ("counted", 0)):
             if shape[1] <= up_to or not up_to:
-                search.SORTED_LENGTH = up_to
-                found[name] = 1e3 * min(
-                    seconds(functools.partial(search.on_the_host, losses, ratio, q), 9, time.process_time)
-                )
+                host_search.SORTED_LENGTH = up_to
+                way = functools.partial(host_search.segments, losses.numpy(), float(ratio), float(q))
+                found[name] = 1e3 * min(seconds(way, 9, time.process_time))
         if losses.numel() <= ROUNDS_UP_TO:
             found["rounds"] = 1e3 * min(
                 seconds(functools.partial(search.in_rounds, losses, ratio, q), 3, time.process_time)
             )
         rows.append(found)
-    search.SORTED_LENGTH = limit
+    host_search.SORTED_LENGTH = limit
     return pd.DataFrame(rows)
 
 

@@ -36,12 +36,12 @@ def cut_small(threads, images=600):
 
     With one or two threads by NumPy, with more by PyTorch; images: elements of a temporary of whole images.
     """
-    from lmp_triton import host, search, slices
+    from lmp_triton import host, host_search, slices
 
     limits = {
         slices: {"GRAIN": 48, "CACHE": 160, "WHOLE": 200, "IMAGES": images},
         host: {"BLOCK": 32, "COUNTED": 50},
-        search: {"SORTED_LENGTH": 16},
+        host_search: {"SORTED_LENGTH": 16},
     }
     before = {module: {name: getattr(module, name) for name in names} for module, names in limits.items()}
     threads_before = torch.get_num_threads()
