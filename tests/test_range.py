@@ -193,3 +193,15 @@ def test_oracle(rng, p):
         assert found.saturated == expected.saturated
         assert found.loss / scale == pytest.approx(expected.loss, rel=1e-12)
         np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("length", [100, 20_000])
+def test_a_sum_overflows_before_its_powers(monkeypatch, in_rounds, length):
+    """Relative to the smaller losses the powers of the larger two are just below 2^1024."""
+    losses = torch.ones(1, length)
+    losses[0, 7] = losses[0, 70] = 2 ** (1023.7 / 21)
+    loss, weights, stats = pooled(losses, 1.05, 0.5, in_rounds, monkeypatch)
+    expected = oracle(losses[0], 1.05, 0.5)
+    assert loss.item() == pytest.approx(expected.loss, rel=1e-6)
+    assert np.abs(weights[0] - expected.weights).max() <= 1e-6 * expected.tau
+    assert stats.saturated.item() == 2
