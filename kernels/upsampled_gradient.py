@@ -3,7 +3,11 @@
 Each node gets what the pixels of the four cells around it give it, by the transpose of the interpolation. No pixel is
 added to a sum by two programs, and no sum depends on which program comes first: a program walks down a strip of cells
 and adds up in registers what its spans give the nodes to their left and right, row of nodes by row of nodes; then
-the sums to both sides of a node, and of two strips that meet in it, are added in one order.
+the sums of the spans of a node, and of two strips that meet in it, are added in one order.
+
+What a span gives to its right goes to where the spans to the right of that node have what they give to it. Programs
+overlap by as many spans as that takes, the first ones of a program being there for what they give to their right. Where
+it would take too many, both sides are stored.
 """
 
 from typing import Any, NamedTuple
@@ -48,11 +52,12 @@ class Task(NamedTuple):
     weight: Tensor | None
     """(C,)"""
     sums: Tensor
-    """(N, h + strips, 2, C, spans a row) float32: what is given to the nodes of a row, by spans to their right (0) and
-    to their left (1): row j, the first h of them, by the strip that cells j are in; row h + s by strip s to the last
-    row of nodes it reaches."""
+    """(N, rows of cells + strips, sides, C, spans a row) float32: what is given to the nodes of a row, of one side, by
+    spans to their right and to their left, of two, by those to their right (0) and to their left (1). Strip after
+    strip: to the nodes above each of its rows of cells, then to those below the last that has any."""
     exchanged: Tensor
-    """(programs, 2, lanes · (4 · span + 1)) float32: a program's own, for what its threads hand each other"""
+    """(programs, 2, lanes · (3 · span + 1)) float32: a program's own, for what its threads hand each other; with
+    smoothing 4 · span"""
     grid: Grid
     smoothing: tl.float32
     chunks: tl.int32
@@ -141,7 +146,7 @@ def prepare_pixels(task, row, turn, image, here, weighting, weight_sum, C: tl.co
     exchange(spread * tl.exp2(lowest - log_total), here, lane, C)
     exchange(hit, here + WORDS, lane, C)
     exchange(label.to(tl.float32, bitcast=True), here + 2 * WORDS, lane, C)
-    tl.store(here + 4 * WORDS + lane, lowest)
+    tl.store(here + (3 + C.smooth) * WORDS + lane, lowest)
 
 
 @triton.jit
@@ -161,7 +166,7 @@ def pixels_at(here, C: tl.constexpr):
         labels = labels + (tl.load(first + (2 * WORDS + k)).to(tl.int32, bitcast=True),)
         if C.smooth:
             shares = shares + (tl.load(first + (3 * WORDS + k)),)
-    return Pixels(tl.load(here + 4 * WORDS + lane), softmax, labels, hits, shares)
+    return Pixels(tl.load(here + (3 + C.smooth) * WORDS + lane), softmax, labels, hits, shares)
 
 
 @triton.jit
@@ -266,11 +271,15 @@ def store_sums(place, row, sums, weight, there, spans, a_row, first, C: tl.const
     """Σ (1 − y)·d of spans, for row `row` of sums that begin at `place`: what the left node gets and the right one."""
     COUNT: tl.constexpr = C.chunk // C.groups
     CLASSES: tl.constexpr = C.classes
+    SIDES: tl.constexpr = 1 if C.overlap else 2
     alone = spans.left == spans.right
+    lane = tl.arange(0, C.lanes)[None, :]
+    # Of the spans it shares with the program before it, that one stores what the nodes to their left get.
+    mine = there & ((lane >= C.overlap) | ((spans.strip == 0) & (spans.index < C.overlap)))
     # From class to class by a step: addresses that depend on no row a compiler keeps for all classes, or spills.
     group = first + tl.arange(0, C.groups)[:, None]
-    at = (row * (2 * CLASSES) + group) * a_row + spans.index
-    others = place + CLASSES * a_row
+    at = (row * (SIDES * CLASSES) + group) * a_row + spans.index
+    rights = ()
     for i in tl.static_range(COUNT):
         c = group + i * C.groups
         both = sums.d[i] - sums.y[i]
@@ -282,10 +291,21 @@ def store_sums(place, row, sums, weight, there, spans, a_row, first, C: tl.const
         # Outside of the nodes there is one at one side alone, and nobody asks what the other would get.
         left = tl.where(alone, both, both - right)
         right = tl.where(alone, both, right)
-        inside = within_classes(there, c, C.chunk, CLASSES)
-        tl.store(place + at, left, mask=inside)
-        tl.store(others + at, right, mask=inside)
+        tl.store(place + at, left, mask=within_classes(mine, c, C.chunk, CLASSES))
         at += a_row * C.groups
+        rights = rights + (right,)
+    others = place + CLASSES * a_row
+    if C.overlap:
+        tl.debug_barrier()
+        others = place + C.overlap
+        there = there & (lane + C.overlap < C.lanes) & (spans.index + C.overlap < a_row)
+    for i in tl.static_range(COUNT - 1, -1, -1):
+        at -= a_row * C.groups
+        inside = within_classes(there, group + i * C.groups, C.chunk, CLASSES)
+        right = rights[i]
+        if C.overlap:
+            right += tl.load(others + at, mask=inside, other=0.0)
+        tl.store(others + at, right, mask=inside)
 
 
 @triton.jit
@@ -308,18 +328,19 @@ def upsampled_gradient_kernel(task: Task, C: tl.constexpr):
     With a = (1−ε)·v_y + (ε/C)·Σ_k v_k: d_c = w*·grad_output·[a·softmax_c − (1−ε)·v_y·[c = y] − (ε/C)·v_c] of a pixel.
 
     Reads   nodes once a span; losses (or weights), labels and log_totals once a chunk; scale; weight.
-    Writes  sums, each once.
-    Bytes   9 read a pixel, 8·C·(1 + 1 / (rows of cells a strip)) written a span.
+    Writes  sums; those of one side a second time, at once, when what the spans to their left give is added.
+    Bytes   9 read a pixel, 4·C·(1 + 1 / (rows of cells a strip)) written a span; 8·C where both sides are kept apart.
     """
     LANES: tl.constexpr = C.lanes
     COUNT: tl.constexpr = C.chunk // C.groups
     CLASSES: tl.constexpr = C.classes
-    WORDS: tl.constexpr = C.lanes * (4 * C.span + 1)
+    SIDES: tl.constexpr = 1 if C.overlap else 2
+    WORDS: tl.constexpr = C.lanes * ((3 + C.smooth) * C.span + 1)
     grid = task.grid
     first = tl.program_id(0) % task.chunks * C.chunk
     program = tl.program_id(0) // task.chunks
     image = (program // grid.programs).to(tl.int64)
-    lane = program % grid.programs * LANES + tl.arange(0, LANES)
+    lane = program % grid.programs * (LANES - C.overlap) + tl.arange(0, LANES)
     tiles = spans_of(lane, grid, C)  # of pixels
     spans = spans_of(lane[None, :], grid, C)  # of classes
     plane = grid.rows.nodes * grid.columns.nodes
@@ -327,7 +348,7 @@ def upsampled_gradient_kernel(task: Task, C: tl.constexpr):
     segment = image if C.per_image else image * 0
     weighting = segment_weights(task.scale, segment)
     a_row = (grid.columns.nodes - C.first_cell) * C.spans
-    place = task.sums + image * (grid.rows.nodes + grid.strips) * (2 * CLASSES) * a_row
+    place = task.sums + image * (grid.rows.nodes - C.first_cell + grid.strips) * (SIDES * CLASSES) * a_row
     exchanged = task.exchanged + tl.program_id(0).to(tl.int64) * (2 * WORDS)
 
     weight_sum = 0.0
@@ -359,9 +380,10 @@ def upsampled_gradient_kernel(task: Task, C: tl.constexpr):
             sums = add_labels(sums, pixels, y, x, pace, first, C)
             sums = add_softmax(sums, pixels, values, y, x, pace, C)
         whole = (cells.above == cells.below) | (~cells.there)
-        store_sums(place, cells.above, sums, task.weight, ~whole, spans, a_row, first, C)
+        store_sums(place, spans.strip * (grid.height + 1) + number, sums, task.weight, ~whole, spans, a_row, first, C)
         sums = next_row(sums, whole, C)
-    last = grid.rows.nodes + spans.strip
+    # The nodes below the last row of cells of all are those above it.
+    last = tl.minimum((spans.strip + 1) * grid.height, grid.rows.nodes - C.first_cell - 1) + spans.strip
     store_sums(place, last, sums, task.weight, spans.strip < grid.strips, spans, a_row, first, C)
 
 
@@ -381,7 +403,7 @@ class NodesTask(NamedTuple):
     strips: tl.int32
     height: tl.int32
     tiles: tl.int32
-    """An image."""
+    """A class of an image."""
 
 
 class NodesConstants(NamedTuple):
@@ -389,59 +411,57 @@ class NodesConstants(NamedTuple):
 
     classes: int
     spans: int
+    sides: int
     first_cell: int
     block: int
 
 
 @triton.jit
-def sum_of_row(place, column, there, a_row, C: tl.constexpr):
-    """What the spans to both sides give to a node, of the row whose sums begin at `place`."""
+def sum_of_row(sums, at, column, there, a_row, C: tl.constexpr):
+    """What spans give to a node, of the row that begins at `at` in the sums of an image."""
     CLASSES: tl.constexpr = C.classes
     total = tl.zeros(column.shape, tl.float32)
     cell = column - C.first_cell
     for i in range(C.spans):
-        total += tl.load(place + (cell * C.spans + i), mask=there, other=0.0)
-        before = there & (cell > 0)
-        others = place + tl.cast(CLASSES, tl.int64) * a_row
-        total += tl.load(others + ((cell - 1) * C.spans + i), mask=before, other=0.0)
+        total += tl.load(sums + (at + cell * C.spans + i), mask=there, other=0.0)
+        if C.sides == 2:
+            others = at + CLASSES * a_row
+            total += tl.load(sums + (others + (cell - 1) * C.spans + i), mask=there & (cell > 0), other=0.0)
     return total
 
 
 @triton.jit
 def nodes_gradient_kernel(task: NodesTask, C: tl.constexpr):
-    """∂value/∂logits; grid N × tiles of C·h·w.
+    """∂value/∂logits; grid N × C × tiles of h·w.
 
     Reads   sums, each once, but for those that nobody asks for.
     Writes  grad, every element once, rounded once.
     """
     BLOCK: tl.constexpr = C.block
     CLASSES: tl.constexpr = C.classes
-    image = (tl.program_id(0) // task.tiles).to(tl.int64)
+    image = (tl.program_id(0) // task.tiles // CLASSES).to(tl.int64)
+    c = tl.program_id(0) // task.tiles % CLASSES
     index = tl.program_id(0) % task.tiles * BLOCK + tl.arange(0, BLOCK)
     column = index % task.columns
-    rest = index // task.columns
-    row = rest % task.rows
-    c = (rest // task.rows).to(tl.int64)
-    there = c < CLASSES
+    row = index // task.columns
+    there = row < task.rows
     a_row = (task.columns - C.first_cell) * C.spans
-    of_class = task.sums + image * (task.rows + task.strips) * (2 * CLASSES) * a_row + c * a_row
-    slot = tl.cast(2 * CLASSES, tl.int64) * a_row
-
-    last = row == task.rows - 1
-    total = sum_of_row(of_class + row * slot, column, there & ~last, a_row, C)
-    # A strip ends in this row, or the last one does.
-    before = row - C.first_cell
-    ends = there & (before > 0) & (before % task.height == 0) & (before // task.height < task.strips)
-    total += sum_of_row(of_class + (task.rows + before // task.height - 1) * slot, column, ends, a_row, C)
-    total += sum_of_row(of_class + (task.rows + task.strips - 1) * slot, column, there & last, a_row, C)
-    place = task.grad + image * task.strides.image + c * task.strides.classes
+    slot = C.sides * CLASSES * a_row
+    sums = task.sums + image * (task.rows - C.first_cell + task.strips) * slot
+    cell = row - C.first_cell
+    strip = cell // task.height
+    at = (cell + strip) * slot + c * a_row
+    total = sum_of_row(sums, at, column, there, a_row, C)
+    # Where a strip begins, the one before it ends.
+    total += sum_of_row(sums, at - slot, column, there & (strip > 0) & (cell == strip * task.height), a_row, C)
+    place = task.grad + image * task.strides.image + c.to(tl.int64) * task.strides.classes
     place += row.to(tl.int64) * task.strides.step_1 + column.to(tl.int64) * task.strides.step_2
     tl.store(place, total.to(task.grad.dtype.element_ty), mask=there)
 
 
-def sums_shape(grad: Tensor, way: Plan) -> tuple[int, ...]:
-    """Of `Task.sums`, for a gradient (N, C, h, w)."""
-    return grad.shape[0], grad.shape[2] + way.grid.strips, 2, grad.shape[1], way.spans
+def sums_shape(shape: tuple[int, ...], way: Plan) -> tuple[int, ...]:
+    """Of `Task.sums`, for logits of that shape (N, C, h, w)."""
+    return shape[0], shape[2] - way.constants.first_cell + way.grid.strips, way.sides, shape[1], way.spans
 
 
 class Given(NamedTuple):
@@ -459,14 +479,15 @@ class Given(NamedTuple):
 def exchange_shape(images: int, way: Plan) -> tuple[int, ...]:
     """Of `Task.exchanged`."""
     c = way.constants
-    return images * way.grid.programs * -(-c.classes // c.chunk), 2, c.lanes * (4 * c.span + 1)
+    return images * way.overlapping * -(-c.classes // c.chunk), 2, c.lanes * ((3 + c.smooth) * c.span + 1)
 
 
 def sums_of_spans(given: Given, scale: Scale, sums: Tensor, exchanged: Tensor, way: Plan) -> None:
     """Fill sums. exchanged: room. weights: needed where way.constants.chunk is less than all classes. Launches: 1."""
     *tensors, weight, smoothing = given
     chunks = -(-way.constants.classes // way.constants.chunk)
-    task = Task(*tensors, scale, weight, sums, exchanged, way.grid, smoothing, chunks)
+    grid = way.grid._replace(programs=way.overlapping)
+    task = Task(*tensors, scale, weight, sums, exchanged, grid, smoothing, chunks)
     constants = way.constants._replace(per_image=scale.segments > 1)
     launch(
         upsampled_gradient_kernel,
@@ -481,8 +502,8 @@ def sums_of_spans(given: Given, scale: Scale, sums: Tensor, exchanged: Tensor, w
 def nodes_gradient(sums: Tensor, grad: Tensor, way: Plan, config: StreamConfig) -> None:
     """Fill grad (N, C, h, w) from sums. Launches: 1."""
     images, classes, rows, columns = grad.shape
-    tiles = -(-classes * rows * columns // config.block)
+    tiles = -(-rows * columns // config.block)
     strides = Strides(*grad.stride()[:2], 0, *grad.stride()[2:])
     task = NodesTask(sums, grad, strides, rows, columns, way.grid.strips, way.grid.height, tiles)
-    constants = NodesConstants(classes, way.constants.spans, way.constants.first_cell, config.block)
-    launch(nodes_gradient_kernel, images * tiles, (task,), (constants,), config.warps)
+    constants = NodesConstants(classes, way.constants.spans, way.sides, way.constants.first_cell, config.block)
+    launch(nodes_gradient_kernel, images * classes * tiles, (task,), (constants,), config.warps)

@@ -38,6 +38,10 @@ STEEP = tl.constexpr(80.0)
 that counts: one below 2^-126 at the first pixel is below 2^-46 at all of them."""
 
 
+LANES_A_SHARED_SPAN = 16
+"""Programs of the gradient overlap by a sixteenth at most."""
+
+
 class Steps(NamedTuple):
     """Along an axis all cells have as many pixels, at the same places."""
 
@@ -65,6 +69,8 @@ class Constants(NamedTuple):
     """Pixels, a power of two."""
     spans: int
     """That a cell has."""
+    overlap: int
+    """Spans that a program of the gradient has and the one before it, too: those of a cell; 0 if they are too many."""
     first_cell: int
     """See `lmp_triton.bilinear.Axis`."""
     down: Steps
@@ -347,6 +353,10 @@ class Plan(NamedTuple):
     target_strides: Strides
     spans: int
     """A row of cells."""
+    overlapping: int
+    """Programs an image, where they overlap."""
+    sides: int
+    """Of a node whose sums are kept apart: 1 where programs overlap, else 2."""
 
 
 def plan(
@@ -384,6 +394,7 @@ def _plan(
     # As high as leaves enough programs: where strips meet, sums are kept twice.
     height = max(1, min(config.height, images * rows.cells * a_row // (config.lanes * enough)))
     strips = -(-rows.cells // height)
+    overlap = spans if spans * LANES_A_SHARED_SPAN <= config.lanes else 0
     adjacent = target_stride[2] == 1
     unit = unit_of(size[1], *(target_stride[:2] if adjacent else ()))
     target_unit = unit if adjacent else 1
@@ -396,6 +407,7 @@ def _plan(
             config.lanes,
             span,
             spans,
+            overlap,
             rows.first_cell,
             _steps(rows),
             _steps(columns),
@@ -408,6 +420,8 @@ def _plan(
         config,
         Strides(target_stride[0] // target_unit, 0, 0, target_stride[1] // target_unit, target_stride[2]),
         a_row,
+        max(1, -(-(strips * a_row - overlap) // (config.lanes - overlap))),
+        1 if overlap else 2,
     )
 
 

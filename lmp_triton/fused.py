@@ -228,10 +228,9 @@ def logits_gradient(
     logits: Tensor, pixels: PixelLosses, solution: Tensor, grad_output: Tensor, cross_entropy: CrossEntropy
 ) -> Tensor:
     """See `types.Backend`."""
-    grad = gradient_buffer(logits)
     if cross_entropy.align_corners is not None:
-        fused_upsampled.logits_gradient(grad, pixels, solution, grad_output, cross_entropy)
-        return grad
+        return fused_upsampled.logits_gradient(logits, pixels, solution, grad_output, cross_entropy, gradient_buffer)
+    grad = gradient_buffer(logits)
     labels, *rest = pixels.saved
     gradient.logits_gradient(
         logits,

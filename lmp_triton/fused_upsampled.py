@@ -6,6 +6,8 @@ those of every node, and one before them that writes the weights where not all c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -42,22 +44,30 @@ def softmax_losses(logits: Tensor, target: Tensor, cross_entropy: CrossEntropy, 
 
 
 def logits_gradient(
-    grad: Tensor, pixels: PixelLosses, solution: Tensor, grad_output: Tensor, cross_entropy: CrossEntropy
-) -> None:
-    """See `types.Backend`; fills grad."""
+    logits: Tensor,
+    pixels: PixelLosses,
+    solution: Tensor,
+    grad_output: Tensor,
+    cross_entropy: CrossEntropy,
+    empty: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """See `types.Backend`; empty: makes room for it, late, when what else was needed is free again."""
     weight, _, label_smoothing, align_corners = cross_entropy
     labels, log_totals, nodes = pixels.saved
-    losses, size, table = pixels.losses, tuple(labels.shape[1:]), configs.table(grad.device)
+    losses, size, table = pixels.losses, tuple(labels.shape[1:]), configs.table(logits.device)
     scale = weighting.scale_of(solution, grad_output)
-    way = plan(grad, size, (size[0] * size[1], size[1], 1), bool(align_corners), table, label_smoothing > 0)
+    way = plan(logits, size, (size[0] * size[1], size[1], 1), bool(align_corners), table, label_smoothing > 0)
     weights = None
-    if way.constants.chunk < grad.shape[1]:
+    if way.constants.chunk < logits.shape[1]:
         rows = losses.view(solution.shape[1], -1)
         weights = torch.empty_like(losses)
         weighting.pixel_weights(rows, scale, weights.view_as(rows), None, table.stream)
-    sums = torch.empty(upsampled_gradient.sums_shape(grad, way), dtype=torch.float32, device=grad.device)
-    room = upsampled_gradient.exchange_shape(grad.shape[0], way)
-    exchanged = torch.empty(room, dtype=torch.float32, device=grad.device)
+    sums = torch.empty(upsampled_gradient.sums_shape(logits.shape, way), dtype=torch.float32, device=logits.device)
+    room = upsampled_gradient.exchange_shape(len(logits), way)
+    exchanged = torch.empty(room, dtype=torch.float32, device=logits.device)
     given = upsampled_gradient.Given(nodes, losses, labels, log_totals, weights, weight, label_smoothing)
     upsampled_gradient.sums_of_spans(given, scale, sums, exchanged, way)
+    del exchanged, given, weights
+    grad = empty(logits)
     upsampled_gradient.nodes_gradient(sums, grad, way, table.stream)
+    return grad

@@ -202,6 +202,6 @@ def cost(launch: Launch) -> Cost:
     if launch.name == "relative_nodes_kernel":
         return Cost(constants.block, constants.classes * size(task.logits), constants.classes * size(task.nodes))
     if launch.name == "nodes_gradient_kernel":
-        return Cost(constants.block, 2 * constants.spans * size(task.sums), size(task.grad))
+        return Cost(constants.block, constants.sides * constants.spans * size(task.sums), size(task.grad))
     assert launch.name == "pixel_weights_kernel"
     return Cost(constants.block, size(task.losses), size(task.weights), walk="longest")

@@ -46,9 +46,16 @@ class StandIn(contextlib.ExitStack):
         architecture: compute capability, 10 · major + minor; or the name of an AMD architecture.
         multiprocessors: 132 as an H100 has.
         refuse: cooperative launches fail, as too large ones do.
+        remember: keep the launches, and so every tensor that one was given; otherwise memory is free when it is.
     """
 
-    def __init__(self, architecture: int | str = 90, multiprocessors: int = 132, refuse: bool = False) -> None:
+    def __init__(
+        self,
+        architecture: int | str = 90,
+        multiprocessors: int = 132,
+        refuse: bool = False,
+        remember: bool = True,
+    ) -> None:
         super().__init__()
         self.number = next(NUMBERS)
         self.launches: list[Launch] = []
@@ -58,6 +65,7 @@ class StandIn(contextlib.ExitStack):
         self.table = configs.table_for(architecture if isinstance(architecture, int) else 0)
         self.multiprocessors = multiprocessors
         self.refuse = refuse
+        self.remember = remember
         self.utils = types.SimpleNamespace(
             load_binary=self._load, unload_module=lambda module: None, get_device_properties=lambda device: self._limits
         )
@@ -83,7 +91,9 @@ class StandIn(contextlib.ExitStack):
                 raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
             compiled = next(built for built in launcher._compiled.values() if built.metadata is metadata)
             arguments = rest[-len(source.fn.arg_names) :]
-            self.launches.append(Launch(metadata.name, programs, metadata.launch_cooperative_grid, arguments, compiled))
+            if self.remember:
+                cooperative = metadata.launch_cooperative_grid
+                self.launches.append(Launch(metadata.name, programs, cooperative, arguments, compiled))
 
         return call
 

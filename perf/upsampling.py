@@ -48,9 +48,7 @@ def model(architecture: int, strides: list[int]) -> pd.DataFrame:
                 if cost.walk == "cells":
                     task = launch.arguments[0]
                     tiles = launch.programs * task.grid.height
-                    strips = task.grid.strips + height // stride
-                    sums = 4 * 2 * classes * images * strips * (width // stride + 1) * launch.arguments[1].spans
-                    extra = 4 * nodes + (sums if "gradient" in launch.name else 0)
+                    extra = 4 * nodes + (4 * task.sums.numel() if "gradient" in launch.name else 0)
                 elif "nodes" in launch.name:
                     tiles = launch.programs
                     cost = cost._replace(pixels=launch.arguments[1].block)
@@ -88,7 +86,7 @@ def memory(architecture: int, shape: tuple[int, int, int, int], stride: int) -> 
         loss = lmp_triton.upsampled_loss_max_pooling(logits, target, backend="triton")
         torch.autograd.grad(loss, logits, torch.empty_like(loss))
 
-    with StandIn(architecture, roofline.DEVICES[architecture].multiprocessors):
+    with StandIn(architecture, roofline.DEVICES[architecture].multiprocessors, remember=False):
         ours = measure.peak_bytes(fused, (logits, target)) / 1e6
     one = logits.detach()[:1].requires_grad_(), target[:1]
     theirs = images * measure.peak_bytes(measure.one_pass(providers.large(F.cross_entropy), True), one) / 1e6

@@ -64,6 +64,7 @@ TURNS, TURNS_SOLVE, TURNS_FORWARD = (
 TURNS_SORT = "'tests/test_waiting.py::test_sorting_takes_turns_too[in turn]'"
 KEY = "tests/test_launch.py -k 'anew or handed_on'"
 UPSAMPLED = "tests/test_upsampling.py -k 'test_options and triton-5-options1'"
+UPSAMPLED_PROGRAMS = "tests/test_upsampling.py -k 'programs_that_meet'"
 UPSAMPLED_DEEP = "tests/test_upsampling.py -k 'sure_of_different and triton'"
 EAGER_ORACLE = "tests/test_solver.py -k 'against and eager-1.3'"
 EAGER_COUNTS = "tests/test_solver.py -k 'exact_counts and eager'"
@@ -636,15 +637,36 @@ MUTANTS = (
     ),
     Mutant(
         "kernels/upsampled_gradient.py",
-        "before = there & (cell > 0)",
-        "before = there & (cell > 1)",
+        "(spans.index + C.overlap < a_row)",
+        "(spans.index + C.overlap < a_row - 1)",
         UPSAMPLED,
         "upsampled: a node gets nothing from one side",
     ),
     Mutant(
         "kernels/upsampled_gradient.py",
-        "right = tl.where(alone, both, right)\n        inside",
-        "right = tl.where(alone, 0.0, right)\n        inside",
+        "mask=there & (cell > 0)",
+        "mask=there & (cell > 1)",
+        UPSAMPLED_PROGRAMS,
+        "upsampled: a node gets nothing from one side, both being kept apart",
+    ),
+    Mutant(
+        "kernels/upsampled_gradient.py",
+        "mine = there & ((lane >= C.overlap)",
+        "mine = there & ((lane >= 0)",
+        UPSAMPLED_PROGRAMS,
+        "upsampled: two programs that overlap both store what is given to a node",
+    ),
+    Mutant(
+        "kernels/upsampled_gradient.py",
+        "there & (strip > 0) & (cell == strip * task.height)",
+        "there & (strip > 1) & (cell == strip * task.height)",
+        UPSAMPLED_PROGRAMS,
+        "upsampled: what the first strip of cells ends with is left out",
+    ),
+    Mutant(
+        "kernels/upsampled_gradient.py",
+        "right = tl.where(alone, both, right)\n        tl.store",
+        "right = tl.where(alone, 0.0, right)\n        tl.store",
         UPSAMPLED,
         "upsampled: nothing for nodes at the border",
     ),

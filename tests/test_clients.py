@@ -30,6 +30,13 @@ def test_segmentation_models():
     assert falls(segmentation_models.main(), to=0.8)
 
 
+def test_deeplab():
+    pytest.importorskip("torchvision", reason="needs torchvision")
+    from lmp_triton.examples import deeplab
+
+    assert falls(deeplab.main(), to=0.9)
+
+
 def test_lightning():
     pytest.importorskip("lightning", reason="needs lightning")
     from lmp_triton.examples import lightning_module

@@ -53,7 +53,7 @@ SPILLS = {
     "3.6": {
         "softmax_losses fp32 C=1024": 4,
         "upsampled_losses C=19 any sizes weights smoothing": 3,
-        "upsampled_gradient C=19 any sizes weights smoothing": 6,
+        "upsampled_gradient C=19 any sizes weights smoothing": 8,
         "upsampled_losses C=150 stride 8": 23,
     },
     "3.9": {"forward cooperative bf16 C=150": 4},
@@ -127,7 +127,7 @@ BUDGET = {
     "select": 45,  # (36)
     "select, p and ratio tensors": 125,  # (95): powers for any p
     "upsampled_losses C=19 stride 8": 280,  # (208), rows of cells included
-    "upsampled_gradient C=19 stride 8": 310,  # (226)
+    "upsampled_gradient C=19 stride 8": 310,  # (169)
     "upsampled_losses C=150 stride 8": 1800,  # (1322)
     "upsampled_gradient C=150 stride 8": 250,  # (175; a chunk of 24 classes)
     "sort one run": 900,  # (629; 772 on sm_120): what perf/NOTES.md weighs the two solvers by
@@ -145,10 +145,14 @@ def test_instructions_a_pixel(table):
 
 @pytest.mark.parametrize("stage", ["upsampled_losses", "upsampled_gradient"])
 def test_nodes_of_upsampled_logits_are_loaded_once_a_cell(table, stage):
-    """A thread has ten classes of C = 19 and one of C = 2: four loads a class of a cell, however many pixels it has."""
+    """A thread has ten classes of C = 19 and one of C = 2: four loads a class of a cell, however many pixels it has.
+
+    In the gradient two more, of sums to which another thread's are added: a row of cells, and once a strip.
+    """
     nvidia(table)
     loads = table.loc[f"{stage} C=19 stride 8", "load 32"] - table.loc[f"{stage} C=2 stride 8", "load 32"]
-    assert 4 * (10 - 1) <= loads < 5 * (10 - 1) + (version(table) == "3.6")
+    each = 6 if stage == "upsampled_gradient" else 4
+    assert each * (10 - 1) <= loads < (each + 1) * (10 - 1) + (version(table) == "3.6")
 
 
 def test_bytes_a_pixel(table):

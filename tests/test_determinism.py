@@ -64,6 +64,24 @@ def test_order_of_programs(rng, order_of_programs, solver, p):
             assert torch.equal(got, want)
 
 
+@pytest.mark.skipif(CUDA, reason="the order of programs can be chosen in the interpreter only")
+@pytest.mark.parametrize("size", [(16, 40), (10, 160)])  # what spans give to their left and right: in one, kept apart
+def test_order_of_programs_that_upsample(rng, order_of_programs, configure, size):
+    configure(upsampled={"lanes": 32, "height": 2, "per_multiprocessor": 1})
+    logits, target = torch.randn(2, 3, 4, 5), labelled((2, *size), 3)[1]
+
+    def both():
+        x = logits.clone().requires_grad_()
+        loss = lmp_triton.upsampled_loss_max_pooling(x, target, ignore_index=255, backend="triton")
+        loss.backward()
+        return loss.detach(), x.grad
+
+    expected = both()
+    for order in (lambda x, size: size - 1 - x, stride_order):
+        order_of_programs(order)
+        assert all(map(torch.equal, both(), expected))
+
+
 @pytest.mark.parametrize("p", [1.0, 1.01, 1.3, 100.0])
 def test_order_of_pixels(rng, solver, device, p):
     """By selection all sums are of integers: α*, the loss and the weights don't change by a bit, let alone by 2 ulp.

@@ -22,10 +22,14 @@ pytestmark = [
 OPERATORS = torch.ops.lmp_triton
 
 
-def inputs(device, classes=5, dtype=torch.float32, weighted=False, channels_last=False, shape=(2, 4, 5)):
+def inputs(
+    device, classes=5, dtype=torch.float32, weighted=False, channels_last=False, shape=(2, 4, 5), upsampled=None
+):
     logits, target = labelled(shape, classes, dtype, device)
     if channels_last:
         logits = logits.to(memory_format=torch.channels_last)
+    if upsampled:
+        target = labelled((shape[0], *upsampled), classes, device=device)[1]
     weight = torch.rand(classes, device=device) if weighted else None
     return logits, target, weight
 
@@ -36,6 +40,7 @@ CALLS = [
     ({"classes": 40, "weighted": True, "dtype": torch.bfloat16}, 0.1, {"reduction": "none"}),
     ({"classes": 300}, 0.1, {"scope": "batch", "reduction": "sum"}),
     ({"channels_last": True, "dtype": torch.float16}, 0.0, {"solver": "select"}),
+    ({"upsampled": (8, 11)}, 0.1, {"scope": "batch"}),
 ]
 
 
@@ -43,10 +48,11 @@ def arguments(device, call, parameter=float):
     """What `pool_logits` takes."""
     tensors, smoothing, options = call
     logits, target, weight = inputs(device, **tensors)
+    align_corners = False if "upsampled" in tensors else None
     p, ratio = (parameter(x) for x in (1.3, 0.25))
     if parameter is not float:
         p, ratio = p.to(device), ratio.to(device)
-    return logits, target, CrossEntropy(weight, 255, smoothing), Pool(p, ratio, **options)
+    return logits, target, CrossEntropy(weight, 255, smoothing, align_corners), Pool(p, ratio, **options)
 
 
 def check_operator(operator, *args):

@@ -281,6 +281,19 @@ def test_scripts_that_the_pages_name(command, column):
     assert column in said and len(said.splitlines()) >= 5
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(CUDA, reason="counts what a GPU would do")
+def test_memory_of_the_upsampling():
+    """At most an eighth of what interpolation and cross-entropy take above logits and labels, from stride 8."""
+    pytest.importorskip("triton")
+    code = (
+        "from lmp_triton.perf import upsampling\nprint(upsampling.memory(90, (8, 19, 1024, 1024), 8)['of its memory'])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert 0.08 < float(said.stdout) <= 0.125
+
+
 def test_simulation_of_the_search():
     """perf/search.py finds as many losses in the bracket as the kernels do, and takes about as many rounds."""
     workspace = pytest.importorskip("lmp_triton.kernels.workspace")

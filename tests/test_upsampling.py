@@ -9,7 +9,7 @@ from support import labelled
 from torch.autograd import gradcheck
 
 import lmp_triton
-from lmp_triton import bilinear, eager_upsampled
+from lmp_triton import bilinear, dispatch, eager_upsampled
 
 SIZES = [
     # (h, w) to (H, W)
@@ -21,6 +21,7 @@ SIZES = [
     ((6, 5), (3, 4)),  # fewer pixels than logits
     ((4, 5), (4, 5)),  # as many
     ((1, 6), (7, 1)),
+    ((2, 65), (9, 513)),  # 8 with align_corners, as networks have it
 ]
 
 
@@ -228,6 +229,22 @@ def test_neighbours_sure_of_different_classes(rng, backend, device, along, diffe
     compare(logits, target, backend, rtol=2e-4)
 
 
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(
+    "nodes, size",
+    [
+        ((7, 13), (28, 104)),  # a span a cell: the program to the left has one of it, too
+        ((7, 13), (21, 160)),  # two
+        ((3, 5), (12, 170)),  # five: both sides of a node are kept apart
+    ],
+)
+def test_programs_that_meet(rng, device, configure, nodes, size, align_corners):
+    """Several programs a row of cells and several strips of them: what a node is given comes from all that touch it."""
+    configure(upsampled={"lanes": 32, "height": 2, "per_multiprocessor": 1})
+    logits, target = small_and_target(nodes, size, 3, device)
+    compare(logits, target, "triton", align_corners=align_corners)
+
+
 def test_determinism_and_retained_graph(rng, backend, device):
     logits, target = small_and_target((3, 5), (24, 37), 5, device)
     x = logits.requires_grad_()
@@ -319,6 +336,16 @@ def test_nothing(backend, device):
 def test_errors(logits, target, options, error, says):
     with pytest.raises(error, match=says):
         lmp_triton.upsampled_loss_max_pooling(torch.zeros(logits), torch.zeros(target, dtype=torch.long), **options)
+
+
+def test_more_than_32_bits_reach():
+    """Too many sums for the kernels, shown with no memory."""
+    logits = torch.zeros(1).expand(1, 1024, 1024, 1024)
+    target = torch.zeros(1, dtype=torch.long).expand(1, 2048, 2048)
+    assert "2^31 sums for the small gradient" in dispatch.obstacle(logits, target=target)
+    assert "2^31" not in (dispatch.obstacle(logits[:, :16], target=target) or "")
+    with pytest.raises(ValueError, match=r"2\^31 sums"):
+        dispatch.choose(logits, "triton", target=target)
 
 
 def test_bad_label():

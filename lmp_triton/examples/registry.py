@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmp_triton.integrations.dropins import DecodeHeadLoss, MaxPoolingPixelSampler
@@ -55,7 +56,7 @@ class DecodeHead(nn.Module):
         self.sampler = None if sampler is None else registry.build(sampler, context=self)
 
     def loss(self, features: Tensor, seg_label: Tensor) -> dict[str, Tensor]:
-        """Each loss under its name; features (N, channels, H, W), seg_label (N, 1, H, W)."""
+        """Each loss under its name; features (N, channels, h, w), seg_label (N, 1, H, W), for losses that upsample."""
         seg_logit = self.conv_seg(features)
         seg_weight = None if self.sampler is None else self.sampler.sample(seg_logit, seg_label)
         losses: dict[str, Tensor] = {}
@@ -77,12 +78,12 @@ def registry() -> Registry:
 def main(steps: int = 10) -> list[float]:
     """Train a head on made-up features; returns the loss of every step."""
     torch.manual_seed(0)
-    features = torch.randn(2, 3, 32, 32)
-    seg_label = features.argmax(1, keepdim=True)
+    features = torch.randn(2, 3, 8, 8)
+    seg_label = F.interpolate(features, (32, 32), mode="bilinear").argmax(1, keepdim=True)
     seg_label[:, :, :4] = 255
-    head = DecodeHead(
-        registry(), 3, 3, loss_decode=[{"type": "LossMaxPooling", "p": 1.3, "ratio": 0.25, "loss_weight": 1.0}]
-    )
+    # With align_corners the loss takes the logits as they are, and upsamples them on the way; without, at full size.
+    loss_decode = [{"type": "LossMaxPooling", "p": 1.3, "ratio": 0.25, "loss_weight": 1.0, "align_corners": False}]
+    head = DecodeHead(registry(), 3, 3, loss_decode)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
     history = []
     for step in range(steps):

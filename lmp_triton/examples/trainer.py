@@ -6,7 +6,6 @@ import tempfile
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, Trainer, TrainingArguments
 
@@ -14,9 +13,8 @@ import lmp_triton
 
 
 def loss_max_pooling(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """A `compute_loss_func`: SegFormer's logits have a quarter of the height and width of the labels."""
-    logits = F.interpolate(outputs.logits, labels.shape[-2:], mode="bilinear", align_corners=False)
-    loss = lmp_triton.loss_max_pooling(logits, labels, ignore_index=255)
+    """A `compute_loss_func`: SegFormer's logits have a quarter of the height and width of the labels, and stay so."""
+    loss = lmp_triton.upsampled_loss_max_pooling(outputs.logits, labels, ignore_index=255)
     assert isinstance(loss, Tensor)
     return loss
 
