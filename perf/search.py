@@ -99,8 +99,7 @@ def bracket_of_bins(segment: Segment, edges: np.ndarray, lo: int, hi: int) -> Br
     for k, upper in enumerate(map(int, edges)):
         count = int(below[k + 1] - below[k])
         decay = np.exp2(q * (log2(before) - log2(upper))) if before > 0 else 0.0
-        lower = log2(min(before + 1, upper))
-        least = least * decay + count * (np.exp2(q * (lower - log2(upper))) if np.isfinite(lower) else 0.0)
+        least = (least + count) * decay
         most = most * decay + count
         above = len(segment.bits) - below[k + 1]
         if above + least * (1 - MARGIN) >= m:
