@@ -1,4 +1,4 @@
-"""Stage two by selection: the threshold search. Finds α* of each segment without sorting.
+"""Stage two by selection: the threshold search. Finds α* of each segment without sorting all of its losses.
 
 With f(t) = |{ℓ > t}| + Σ_{ℓ ≤ t} (ℓ/t)^q − m, which falls as t grows, α* is the largest root of f. Wanted is a pivot:
 a float32 with f(pivot) ≥ 0 and no loss between it and α*; `solution.write_solution` does the rest.
