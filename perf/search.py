@@ -6,7 +6,8 @@
 A row is one vector of losses, p and number of bins in the histogram of stage one. Its columns: losses left in the
 bracket by that histogram (`first`), by one and by two passes of 256 bins each (`pass 1`, `pass 2`); then for each
 capacity of the short list the passes it takes until the bracket fits, rounds of thresholds over the list, and bytes a
-loss: four for the walk of each pass and of the listing, eight for each loss listed, four for each round over one.
+loss: four for the walk of each pass and of the listing, eight for each loss listed, four for each round over one. (The
+kernels sort a short list instead, `SelectConfig.sorted`.)
 
 With --conflicts: how many of the 32 losses of a warp meet in one bank of shared memory when they are counted in the
 bins of stage one, on average of the fullest bank, losses in random order (neighbours in an image are more alike).
