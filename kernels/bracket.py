@@ -85,7 +85,8 @@ def bracket_of_bins(bins, base, outside, lo, hi, m, q, POWER: tl.constexpr):
 def first_bracket(segment, POWER: tl.constexpr):
     """The bracket by the histogram of stage one, and how many losses it holds at most (zeros may count)."""
     place = tl.arange(0, BINS)
-    counts = tl.load(segment.here + HISTOGRAM + place).to(tl.int32)
+    counts = tl.load(segment.here + HISTOGRAM + place).to(tl.int32)  # 0 for bin 0
+    counts += tl.where(place == 0, segment.n.to(tl.int32) - tl.sum(counts, 0), 0)
     max_bits = tl.minimum(segment.max_bits, INF_BITS - 1)
     before = tl.where(place == 0, 0, ((place + FIRST_BIN) << BIN_SHIFT) - 1)
     upper = tl.where(place == BINS - 1, INF_BITS - 1, ((place + FIRST_BIN + 1) << BIN_SHIFT) - 1)

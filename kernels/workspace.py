@@ -40,7 +40,8 @@ class Statistics(NamedTuple):
     """Of the losses that a program has seen so far, in registers."""
 
     maximum: Any
-    """int32, the shape of a tile: reduced once a program."""
+    """int32, the shape of a tile, as count: reduced once a program."""
+    count: Any
     histogram: Any
     """(BINS,) int32."""
 
@@ -48,7 +49,7 @@ class Statistics(NamedTuple):
 @triton.jit
 def no_statistics(BLOCK: tl.constexpr):
     """Of no losses, for tiles of BLOCK."""
-    return Statistics(tl.zeros([BLOCK], tl.int32), tl.zeros([BINS], tl.int32))
+    return Statistics(tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BINS], tl.int32))
 
 
 @triton.jit
@@ -58,7 +59,8 @@ def tally(statistics, loss, valid):
     bins = tl.minimum(tl.maximum((bits >> BIN_SHIFT) - FIRST_BIN, 0), BINS - 1)
     return Statistics(
         tl.maximum(statistics.maximum, bits),
-        statistics.histogram + tl.histogram(bins, BINS, mask=valid),
+        statistics.count + valid.to(tl.int32),
+        statistics.histogram + tl.histogram(bins, BINS),
     )
 
 
@@ -66,9 +68,11 @@ def tally(statistics, loss, valid):
 def publish(here, statistics):
     """Add a program's statistics to those of its segment, whose words begin here: two atomics and one a filled bin."""
     tl.atomic_max(here + MAXIMUM, tl.max(statistics.maximum, 0).to(tl.int64), sem="relaxed")
-    counts = statistics.histogram
-    tl.atomic_add(here + VALID, tl.sum(counts, 0).to(tl.int64), sem="relaxed")
-    tl.atomic_add(here + HISTOGRAM + tl.arange(0, BINS), counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+    tl.atomic_add(here + VALID, tl.sum(statistics.count, 0).to(tl.int64), sem="relaxed")
+    bins = tl.arange(0, BINS)
+    # Bin 0 also holds ignored pixels; nobody reads it, n − Σ of the others is the true count.
+    some = (bins > 0) & (statistics.histogram > 0)
+    tl.atomic_add(here + HISTOGRAM + bins, statistics.histogram.to(tl.int64), mask=some, sem="relaxed")
 
 
 @triton.jit

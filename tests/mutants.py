@@ -330,9 +330,9 @@ MUTANTS = (
         "the end of the bracket off by one loss",
     ),
     Mutant(
-        "kernels/workspace.py",
-        "tl.histogram(bins, BINS, mask=valid)",
-        "tl.histogram(bins, BINS, mask=valid & (bins > 0))",
+        "kernels/bracket.py",
+        "counts += tl.where(place == 0, segment.n.to(tl.int32) - tl.sum(counts, 0), 0)",
+        "counts += 0",
         ORACLE,
         "the smallest losses are in no bin",
     ),
