@@ -37,7 +37,7 @@ class Found(NamedTuple):
 @host.quiet
 def segments(losses: Array, ratio: float, q: float) -> list[Array]:
     """The columns of a `search.Crossing`, (S,) each, of losses (S, n)."""
-    rows = [counted(row, ratio, q) if len(row) > SORTED_LENGTH else _sorted(row, ratio, q) for row in losses]
+    rows = [_counted(row, ratio, q) if len(row) > SORTED_LENGTH else _sorted(row, ratio, q) for row in losses]
     types = np.int64, np.bool_, np.float64, losses.dtype, np.int64, np.float64, np.int64, np.float64
     return [np.array(column, dtype) for column, dtype in zip(zip(*rows, strict=True), types, strict=True)]
 
@@ -60,7 +60,7 @@ def _sorted(row: Array, ratio: float, q: float) -> Found:
     return found
 
 
-def counted(row: Array, ratio: float, q: float) -> Found:
+def _counted(row: Array, ratio: float, q: float) -> Found:
     """Of losses (n,) a histogram narrows α* down to a factor of 1 + 2^-7; what lies in there is sorted.
 
     Were every loss the lower edge of its bin, α* would be `low`; were it the upper one, at most that factor more.

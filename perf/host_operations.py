@@ -3,21 +3,25 @@
     python perf/host_operations.py [--csv FILE]
 
 One thread; numbers that lie in the cache; medians in microseconds of 32 768 float32. Then the search on the host,
-segments sorted whole beside counted, and in rounds, minima of CPU time in milliseconds.
+segments sorted whole beside counted, and in rounds, minima of CPU time in milliseconds. Before them page faults: of a
+new tensor of 46 MB (also with THP_MEM_ALLOC_ENABLE=1, which asks for huge pages), and of a forward and backward pass.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
+import lmp_triton
 from lmp_triton import host_search, search
 
 SEGMENTS = ((1, 4096), (64, 4096), (16, 8192), (16, 16_384), (512, 1000), (1, 605_000))
@@ -33,6 +37,34 @@ def seconds(run: Callable[[], object], repeats: int, clock: Callable[[], float])
         run()
         found.append(clock() - start)
     return found[1:]
+
+
+def faults(run: Callable[[], object]) -> tuple[int, float]:
+    """Page faults and milliseconds, medians of five, the first time not counted."""
+    found = []
+    for _ in range(6):
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+        run()
+        taken = 1e3 * (time.perf_counter() - start)
+        found.append((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, taken))
+    count, ms = (statistics.median(each) for each in zip(*found[1:], strict=True))
+    return int(count), ms
+
+
+def memory() -> Iterator[str]:
+    """Page faults, a line each."""
+    logits, target = torch.randn(2, 19, 550, 550).requires_grad_(), torch.randint(19, (2, 550, 550))
+
+    def of(loss: Callable[..., torch.Tensor]) -> None:
+        logits.grad = None
+        loss(logits, target).backward()
+
+    for name, run in (
+        ("a new tensor filled", lambda: torch.empty_like(logits.detach()).fill_(1.0)),
+        ("F.cross_entropy", lambda: of(F.cross_entropy)),
+        ("loss_max_pooling", lambda: of(lmp_triton.loss_max_pooling)),
+    ):
+        yield "(2, 19, 550, 550), {}: {} page faults, {:.0f} ms".format(name, *faults(run))
 
 
 def operations() -> pd.DataFrame:
@@ -94,6 +126,7 @@ def main() -> None:
     parser.add_argument("--csv", help="write the table there as well")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    print(*memory(), sep="\n")
     table = pd.concat([operations(), searches()], ignore_index=True)
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, NumPy {np.__version__}")
     print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}", na_rep=""))
