@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .numerics import INF_BITS, bits_float, float_bits, log2_of_share, log2_ratio, power
+from .numerics import INF_BITS, bits_float, float_bits, log2_of_share, log2_ratio
 from .workspace import BIN_SHIFT, BINS, FINE_BINS, FINE_BITS, FIRST_BIN, HISTOGRAM
 
 THRESHOLDS = tl.constexpr(4)
@@ -42,13 +42,12 @@ def add_bounds(e1, a1, b1, e2, a2, b2):
 
 
 class Bins(NamedTuple):
-    """Ascending bins that cover a bracket, a vector each: a bin holds lower ≤ ℓ ≤ upper, all bit patterns."""
+    """Ascending bins that cover a bracket, a vector each: a bin holds before < ℓ ≤ upper, all bit patterns."""
 
     counts: Any
-    """int64"""
+    """int32: a segment has fewer than 2^31 pixels."""
     before: Any
     """The upper edge of the bin before, lo for the first."""
-    lower: Any
     upper: Any
 
 
@@ -67,36 +66,31 @@ def bracket_of_bins(bins, base, outside, lo, hi, m, q, POWER: tl.constexpr):
     """A bracket inside (lo, hi], from the counts of bins that cover it; and how many it holds.
 
     base: Σ (ℓ/lo)^q of the losses up to lo; outside: how many lie above hi.
-    A bin's share of the sum at t lies between its count times (lower/t)^q and (upper/t)^q.
+    A bin's share of the sum at t lies between its count times (before/t)^q and (upper/t)^q.
     """
-    low = bits_float(bins.lower)
-    high = bits_float(bins.upper)
-    previous = bits_float(bins.before)
-    count = bins.counts.to(tl.float32)
+    before, upper = bits_float(bins.before), bits_float(bins.upper)
+    loss = decay(tl.minimum(before, upper), upper, q, POWER)
+    left = tl.exp2(-loss)
     carried = tl.where(bins.before == lo, base, 0.0)  # the first bin alone
-    carried = tl.where(previous > 0, carried * power(tl.minimum(previous, high), high, q, POWER), 0.0)
-    least = carried + tl.where(low > 0, count * power(tl.minimum(low, high), high, q, POWER), 0.0)
-    most = carried + count
-    loss = decay(tl.minimum(previous, high), high, q, POWER)
-    _decay, least, most = tl.associative_scan((loss, least, most), 0, add_bounds)
-    above = (outside + tl.sum(bins.counts, 0) - tl.cumsum(bins.counts, 0)).to(tl.float64)
+    count = bins.counts.to(tl.float32)
+    _decay, least, most = tl.associative_scan((loss, left * (carried + count), left * carried + count), 0, add_bounds)
+    above = (outside.to(tl.int32) + tl.cumsum(bins.counts, 0, reverse=True) - bins.counts).to(tl.float64)
     lo = tl.maximum(lo, tl.max(tl.where(above + (least * (1 - MARGIN)).to(tl.float64) >= m, bins.upper, 0), 0))
     hi = tl.minimum(hi, tl.min(tl.where(above + (most * (1 + MARGIN)).to(tl.float64) < m, bins.upper, INF_BITS), 0))
     hi = tl.maximum(hi, lo + 1)
-    return lo, hi, tl.sum(tl.where((bins.upper > lo) & (bins.upper <= hi), bins.counts, 0), 0)
+    return lo, hi, tl.sum(tl.where((bins.upper > lo) & (bins.upper <= hi), bins.counts, 0), 0).to(tl.int64)
 
 
 @triton.jit
 def first_bracket(segment, POWER: tl.constexpr):
     """The bracket by the histogram of stage one, and how many losses it holds at most (zeros may count)."""
     place = tl.arange(0, BINS)
-    counts = tl.load(segment.here + HISTOGRAM + place)  # 0 for bin 0
-    counts += tl.where(place == 0, segment.n - tl.sum(counts, 0), 0)
+    counts = tl.load(segment.here + HISTOGRAM + place).to(tl.int32)  # 0 for bin 0
+    counts += tl.where(place == 0, segment.n.to(tl.int32) - tl.sum(counts, 0), 0)
     max_bits = tl.minimum(segment.max_bits, INF_BITS - 1)
-    lower = tl.where(place == 0, 0, (place + FIRST_BIN) << BIN_SHIFT)
+    before = tl.where(place == 0, 0, ((place + FIRST_BIN) << BIN_SHIFT) - 1)
     upper = tl.where(place == BINS - 1, INF_BITS - 1, ((place + FIRST_BIN + 1) << BIN_SHIFT) - 1)
-    before = tl.where(place == 0, 0, lower - 1)
-    bins = Bins(counts, tl.minimum(before, max_bits), tl.minimum(lower, max_bits), tl.minimum(upper, max_bits))
+    bins = Bins(counts, tl.minimum(before, max_bits), tl.minimum(upper, max_bits))
     # Past the maximum there is nothing left to separate, whatever the sign of f.
     return bracket_of_bins(bins, 0.0, tl.cast(0, tl.int64), 0, max_bits + 1, segment.m, segment.q32, POWER)
 
@@ -115,7 +109,7 @@ def finer_bracket(counts, base, outside, lo, hi, m, q, POWER: tl.constexpr):
     shift = fine_shift(lo, hi)
     before = lo + tl.minimum(place << shift, hi - lo)  # added first, it might not fit 32 bits
     upper = lo + tl.minimum((place + 1) << shift, hi - lo)
-    bins = Bins(counts, before, tl.minimum(before + 1, upper), upper)
+    bins = Bins(counts, before, upper)
     return bracket_of_bins(bins, base, outside, lo, hi, m, q, POWER)
 
 

@@ -84,6 +84,8 @@ class SelectConfig(NamedTuple):
     """Losses of the list a tile, for the program that solves: four thresholds are tried on each."""
     exact_solve_block: int
     """The same, where powers are exact: they need more registers a loss."""
+    sorted: int
+    """Losses on the list that are sorted at once, a power of two; if there are more, they are searched in rounds."""
     passes: tuple[int, ...]
     """Segments longer than the k-th entry get k + 1 passes that narrow the bracket before the list is made."""
     approximation: str
@@ -101,7 +103,9 @@ class SortConfig(NamedTuple):
     up_to: int
     """solver="auto": segments up to this length are sorted, longer ones searched."""
     registers: int | None
-    """That a thread may have, see `launcher.launch`."""
+    """That a thread may have, see `launcher.launch`, where a segment is one run."""
+    registers_of_runs: int
+    """The same, where it is several, which are searched after: without, some are spilled on sm_90 and sm_100."""
 
 
 class NodesConfig(NamedTuple):
@@ -162,11 +166,14 @@ AMPERE = Table(
         capacity=8192,
         solve_block=512,
         exact_solve_block=256,
+        sorted=256,
         passes=(1 << 13, 1 << 21, 1 << 27),
         approximation="approx",
     ),
     forward_solve_block=128,
-    sort=SortConfig(run=2048, lanes=128, warps=8, up_to=2048, registers=255 if OLD_TRITON else None),
+    sort=SortConfig(
+        run=2048, lanes=128, warps=8, up_to=2048, registers=255 if OLD_TRITON else None, registers_of_runs=255
+    ),
     nodes=NodesConfig(block=128, chunk=16, warps=4),
     upsampled=UpsampledConfig(
         chunk=24, groups=4, span=8, lanes=64, height=8, warps=4, per_multiprocessor=4, registers=255

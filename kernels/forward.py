@@ -54,7 +54,7 @@ def losses_and_solution(
     device = inputs.logits.device
     way = cross_entropy.walk_of(inputs, buffers, table)
     unit, power = unit_of(length), power_for(parameters, table.select.approximation)
-    tiles = (way.config.block, neighbours(unit, way.config), table.forward_solve_block)
+    tiles = (way.config.block, neighbours(unit, way.config), table.forward_solve_block, table.select.sorted)
     solve = select.Constants(unit, passes, 0, passes + 1, True, reduction, power, *tiles)
     constants = (way.constants, solve)
 

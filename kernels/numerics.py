@@ -115,3 +115,9 @@ def to_fixed(x, fraction_bits):
 def from_fixed(total, fraction_bits):
     """The float64 of a fixed-point total."""
     return total.to(tl.float64) * ((1023 - fraction_bits).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def from_normalised(total, fraction_bits, x):
+    """The float64 of a fixed-point total of numbers that were multiplied by `normaliser(x)`."""
+    return from_fixed(total, fraction_bits + 127 - exponent_bits(x))

@@ -1,4 +1,4 @@
-"""Stage two by selection: the threshold search. Finds α* of each segment without sorting.
+"""Stage two by selection: the threshold search. Finds α* of each segment without sorting all of its losses.
 
 With f(t) = |{ℓ > t}| + Σ_{ℓ ≤ t} (ℓ/t)^q − m, which falls as t grows, α* is the largest root of f. Wanted is a pivot:
 a float32 with f(pivot) ≥ 0 and no loss between it and α*; `solution.write_solution` does the rest.
@@ -7,8 +7,9 @@ a float32 with f(pivot) ≥ 0 and no loss between it and α*; `solution.write_so
 2. `narrow_bracket`, once or twice for long segments only, counts the losses of the bracket in 256 finer bins, and the
    last program of a segment to finish writes the new bracket. Where few losses are left it does nothing.
 3. `collect_and_solve` walks all losses once: those in the bracket go to a short list, the others into integer totals.
-   The last program of a segment to finish tries K thresholds a round on the short list (on all losses if the list
-   overflowed: many equal losses), until no loss is left in the bracket.
+   The last program of a segment to finish sorts the short list, and one scan finds the pivot. A list too long for that
+   it searches: K thresholds a round (on all losses if the list overflowed: many equal losses), until no loss is left
+   in the bracket. What holds at the pivot it adds up anew, which makes both ways alike.
 
 These are the phases of one kernel. In launches of one phase each nobody waits for another program; in one cooperative
 launch of all phases the programs of a segment wait for each other after each pass.
@@ -24,11 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bracket import THRESHOLDS, End, fine_shift, finer_bracket, first_bracket, narrow, propose
+from .bracket import THRESHOLDS, End, add_powers, decay, fine_shift, finer_bracket, first_bracket, narrow, propose
 from .configs import SelectConfig, fraction_bits, neighbours, passes_for, programs_a_row
 from .launcher import TooLarge, launch, resident_programs, wait_for_launch_before
 from .layout import unit_of
-from .numerics import bits_float, float_bits, from_fixed, normaliser, power, to_fixed
+from .numerics import bits_float, float_bits, from_fixed, from_normalised, normaliser, power, to_fixed
 from .solution import Outputs, Parameters, load_segment, power_for, write_solution
 from .workspace import (
     ABOVE_COUNT,
@@ -82,6 +83,8 @@ class Constants(NamedTuple):
     neighbours: int
     """So many losses of a tile that lie side by side are a thread's."""
     solve_block: int
+    sorted: int
+    """A list of up to so many losses is sorted, a longer one is searched in rounds."""
 
 
 class Share(NamedTuple):
@@ -121,18 +124,71 @@ def evaluate(candidates, thresholds, q, fraction_bits, POWER: tl.constexpr, BLOC
 
 
 @triton.jit
-def heaviest(candidates, pivot, norm, fraction_bits, BLOCK: tl.constexpr):
-    """Σ ℓ (normalised, fixed point) over the candidates above the pivot, and how many equal the pivot."""
-    total = tl.zeros([BLOCK], tl.int64)
+def carried(lo, t, q, POWER: tl.constexpr):
+    """Σ (ℓ/t)^q over the losses up to lo ≤ t (bit patterns), from what it is at lo."""
+    at = bits_float(t)
+    share = power(tl.minimum(bits_float(tl.maximum(lo.bits, 1)), at), at, q, POWER)
+    share = tl.where(lo.bits == t, 1.0, share)  # an approximation is not
+    return lo.powers * tl.where(lo.bits > 0, share, 0.0).to(tl.float64)
+
+
+@triton.jit
+def pivot_by_rounds(candidates, lo, hi, m, q, fraction_bits, POWER: tl.constexpr, BLOCK: tl.constexpr):
+    """The pivot (bit pattern), and how many rounds it took; lo and hi: the ends of the bracket."""
+    first, outside = lo, hi.above
+    rounds = 0
+    while (hi.bits - lo.bits > 1) & (lo.above > hi.above):
+        t = propose(lo, hi, m, q)
+        above, powers = evaluate(candidates, t, q, fraction_bits, POWER, BLOCK)
+        powers = carried(first, t, q, POWER) + from_fixed(powers, fraction_bits)
+        lo, hi = narrow(lo, hi, t, above + outside, powers, m)
+        rounds += 1
+    return lo.bits, rounds
+
+
+@triton.jit
+def pivot_by_sorting(candidates, lo, hi, m, q, POWER: tl.constexpr, LENGTH: tl.constexpr):
+    """The pivot (bit pattern) among at most LENGTH candidates, by one scan: the last of them where f ≥ 0, or lo."""
+    place = tl.arange(0, LENGTH)
+    x = tl.load(candidates.list + place, mask=place < candidates.length, other=-1.0, cache_modifier=".cg")
+    # What fills them up comes first: it stays at lo, where the sum starts with what is known there.
+    bits = tl.maximum(tl.sort(float_bits(x)), lo.bits)
+    before = tl.where(place > 0, tl.gather(bits, tl.maximum(place - 1, 0), 0), lo.bits)
+    ell = bits_float(bits)
+    loss_decay = decay(tl.minimum(bits_float(before), ell), ell, q, POWER)
+    is_loss = bits > lo.bits
+    powers = tl.where(place > 0, 0.0, lo.powers.to(tl.float32) * tl.exp2(-loss_decay)) + is_loss.to(tl.float32)
+    _decay, powers = tl.associative_scan((loss_decay, powers), 0, add_powers)
+    above = (hi.above + (LENGTH - 1 - place)).to(tl.float64)
+    return tl.max(tl.where(is_loss & (above + powers.to(tl.float64) >= m), bits, lo.bits), 0)
+
+
+@triton.jit
+def sums_at(candidates, pivot, norm, q, fraction_bits, POWER: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the candidates: how many lie above the pivot and how many equal it, and in fixed point Σ ℓ over the former,
+    in units of 4/norm, and Σ (ℓ/pivot)^q over all others."""
+    above = tl.zeros([BLOCK], tl.int32)
     ties = tl.zeros([BLOCK], tl.int32)
+    heavy = tl.zeros([BLOCK], tl.int64)
+    total = tl.zeros([BLOCK], tl.int64)
+    t = bits_float(tl.maximum(pivot, 1))
+    quarter = 0.25 * norm
     for start in range(0, candidates.length, BLOCK):
         index = start + tl.arange(0, BLOCK)
         x = tl.load(candidates.list + index, mask=index < candidates.length, other=-1.0, cache_modifier=".cg")
         bits = float_bits(x)
-        over = (bits > candidates.lo) & (bits <= candidates.hi) & (bits > pivot)
-        total += to_fixed(tl.where(over, x * norm, 0.0), fraction_bits - 2)
-        ties += ((bits == pivot) & (bits > candidates.lo)).to(tl.int32)
-    return tl.sum(total, 0), tl.sum(ties, 0).to(tl.int64)
+        in_bracket = (bits > candidates.lo) & (bits <= candidates.hi)
+        over = in_bracket & (bits > pivot)
+        tied = in_bracket & (bits == pivot)
+        part = power(tl.where(in_bracket & (bits < pivot), x, 0.0), t, q, POWER)
+        part = tl.where(tied, 1.0, part)  # which the approximation is not
+        part = to_fixed(tl.where(over, tl.minimum(x * quarter, 1.0), part), fraction_bits)
+        total += part
+        heavy += tl.where(over, part, 0)
+        above += over.to(tl.int32)
+        ties += tied.to(tl.int32)
+    heavy = tl.sum(heavy, 0)
+    return tl.sum(above, 0), tl.sum(ties, 0).to(tl.int64), heavy, tl.sum(total, 0) - heavy
 
 
 @triton.jit
@@ -205,7 +261,7 @@ def narrow_bracket(share, segment, bracket, capacity, flag, PASS: tl.constexpr, 
         if take_ticket(here + FINISHED) == share.programs - 1:
             base = from_fixed(tl.load(here + BELOW_POWERS, cache_modifier=".cg"), segment.fraction_bits)
             outside = tl.load(here + ABOVE_COUNT, cache_modifier=".cg")
-            counts = tl.load(here + FINE + bins, cache_modifier=".cg")
+            counts = tl.load(here + FINE + bins, cache_modifier=".cg").to(tl.int32)
             new_lo, new_hi, left = finer_bracket(
                 counts, base.to(tl.float32), outside, lo, hi, segment.m, segment.q32, POWER
             )
@@ -225,18 +281,51 @@ def narrow_bracket(share, segment, bracket, capacity, flag, PASS: tl.constexpr, 
 
 
 @triton.jit
+def solve_candidates(share, segment, bracket, task, C: tl.constexpr):
+    """Find the pivot among the losses on the list, or among all where it overflowed, and write the solution."""
+    POWER: tl.constexpr = C.power
+    SORTED: tl.constexpr = C.sorted
+    SOLVE_BLOCK: tl.constexpr = C.solve_block
+    REDUCTION: tl.constexpr = C.reduction  # Triton 3.6: a string can't be handed on as a field
+    here, m, q = segment.here, segment.m, segment.q32
+    listed = tl.load(here + LISTED, cache_modifier=".cg")
+    outside = tl.load(here + ABOVE_COUNT, cache_modifier=".cg")
+    base = from_fixed(tl.load(here + BELOW_POWERS, cache_modifier=".cg"), segment.fraction_bits)
+    heavy = tl.load(here + ABOVE_SUM, cache_modifier=".cg")
+    fits = listed <= task.capacity
+    source = tl.where(fits, task.short_list + segment.index * task.capacity, share.losses)
+    size = tl.where(fits, listed, share.length.to(tl.int64)).to(tl.int32)
+    candidates = Candidates(source, size, bracket.lo, bracket.hi)
+    lo = End(bracket.lo, outside + listed, base)
+    hi = End(bracket.hi, outside, base * 0.0)  # powers are not known before hi was a threshold, and never 0 then
+
+    pivot, rounds = bracket.lo, 0
+    if segment.poisoned == 0:
+        if fits & (listed <= SORTED):
+            pivot = pivot_by_sorting(candidates, lo, hi, m, q, POWER, SORTED)
+        else:
+            pivot, rounds = pivot_by_rounds(candidates, lo, hi, m, q, segment.fraction_bits, POWER, SOLVE_BLOCK)
+    tl.store(here + ROUNDS, rounds)
+    largest = bits_float(segment.max_bits)
+    norm = normaliser(largest)
+    above, ties, extra, powers = sums_at(candidates, pivot, norm, q, segment.fraction_bits, POWER, SOLVE_BLOCK)
+    heavy = from_normalised(heavy + extra, segment.fraction_bits - 2, largest)
+    powers = carried(lo, pivot, q, POWER) + from_fixed(powers, segment.fraction_bits)
+    pivot = End(pivot, outside + above, powers)
+    write_solution(task.workspace, task.outputs, segment, pivot, heavy, ties, REDUCTION)
+
+
+@triton.jit
 def collect_and_solve(share, segment, bracket, task, C: tl.constexpr):
     """List the losses in the bracket of a segment and add up the others; the program that ends last solves."""
     BLOCK: tl.constexpr = C.block
     NEIGHBOURS: tl.constexpr = C.neighbours
-    SOLVE_BLOCK: tl.constexpr = C.solve_block
     here = segment.here
     capacity = task.capacity
     fraction_bits = segment.fraction_bits
     short_list = task.short_list + segment.index * capacity
     POWER: tl.constexpr = C.power
     norm = normaliser(bits_float(segment.max_bits))
-    REDUCTION: tl.constexpr = C.reduction  # Triton 3.6: a string can't be handed on as a field
     bracket_lo, bracket_hi = bracket.lo, bracket.hi
     low = bits_float(tl.maximum(bracket_lo, 1))
     quarter = 0.25 * norm  # heavy losses are below 2 where they are normalised
@@ -267,31 +356,7 @@ def collect_and_solve(share, segment, bracket, task, C: tl.constexpr):
     tl.atomic_add(here + ABOVE_SUM, above_sum, sem="relaxed")
 
     if take_ticket(here + FINISHED) == share.programs - 1:
-        listed = tl.atomic_add(here + LISTED, 0, sem="relaxed")
-        outside = tl.atomic_add(here + ABOVE_COUNT, 0, sem="relaxed")
-        base = from_fixed(tl.atomic_add(here + BELOW_POWERS, 0, sem="relaxed"), fraction_bits)
-        heavy = tl.atomic_add(here + ABOVE_SUM, 0, sem="relaxed")
-        fits = listed <= capacity
-        source = tl.where(fits, short_list, share.losses)
-        size = tl.where(fits, listed, share.length.to(tl.int64)).to(tl.int32)
-        candidates = Candidates(source, size, bracket_lo, bracket_hi)
-
-        lo = End(bracket_lo, outside + listed, base)
-        hi = End(bracket_hi, outside, base * 0.0)  # powers are not known before hi was a threshold, and never 0 then
-        rounds = 0
-        while (hi.bits - lo.bits > 1) & (lo.above > hi.above) & (segment.poisoned == 0):
-            t = propose(lo, hi, segment.m, segment.q32)
-            t_above, powers = evaluate(candidates, t, segment.q32, fraction_bits, POWER, SOLVE_BLOCK)
-            at = bits_float(t)
-            carried = tl.where(bracket_lo > 0, power(tl.minimum(low, at), at, segment.q32, POWER), 0.0)
-            t_powers = base * carried.to(tl.float64) + from_fixed(powers, fraction_bits)
-            lo, hi = narrow(lo, hi, t, t_above + outside, t_powers, segment.m)
-            rounds += 1
-
-        extra, ties = heaviest(candidates, lo.bits, norm, fraction_bits, SOLVE_BLOCK)
-        heavy_sum = from_fixed(heavy + extra, fraction_bits - 2) / norm.to(tl.float64)
-        tl.store(here + ROUNDS, rounds)
-        write_solution(task.workspace, task.outputs, segment, lo, heavy_sum, ties, REDUCTION, BLOCK)
+        solve_candidates(share, segment, bracket, task, C)
 
 
 @triton.jit
@@ -325,7 +390,7 @@ def select_kernel(task: Task, C: tl.constexpr):
             statistics of stage one.
     Writes  outputs.
     Bytes   4 read a pixel and phase, and 4 read and written for each loss in the bracket.
-    Rounds  at most 31 (see `bracket.propose`); 3 or 4 as a rule, Newton's steps being quadratic.
+    Rounds  none where the list is sorted; else at most 31 (see `bracket.propose`), 3 or 4 as a rule: Newton's steps.
     Waits   with C.wait, in a launch of more than one phase, for the other programs of the segment after each pass: then
             all programs must be on the device at once, which a cooperative launch guarantees.
     """
@@ -366,7 +431,7 @@ def solve_by_selection(
     phases = [(0, passes + 1)] if cooperative else [(phase, phase + 1) for phase in range(passes + 1)]
     unit, power = unit_of(length), power_for(parameters, config.approximation)
     solve_block = config.exact_solve_block if power == "exact" else config.solve_block
-    tiles = (config.block, neighbours(unit, config), solve_block)
+    tiles = (config.block, neighbours(unit, config), solve_block, config.sorted)
     constants = [Constants(unit, passes, *phase, cooperative, reduction, power, *tiles) for phase in phases]
     programs = programs_a_row(length, segments, config, losses.device)
     task = task_for(losses, short_list, workspace, outputs, parameters, programs)

@@ -14,6 +14,8 @@ from .workspace import MAXIMUM, VALID, WORDS, take_ticket
 ALPHA, TAU, PIVOT, DROP, STEP, EXPONENT = map(tl.constexpr, range(len(types.SOLUTION_ROWS)))
 N, SATURATED = map(tl.constexpr, range(len(types.COUNT_ROWS)))
 UNIFORM_PIVOT = tl.constexpr(types.UNIFORM_PIVOT)
+AT_ONCE = tl.constexpr(32)
+"""Segments that are reduced at once: a warp's lanes, so that no warp waits for another."""
 
 
 class Parameters(NamedTuple):
@@ -22,10 +24,10 @@ class Parameters(NamedTuple):
     (A Python float would arrive as a float32, and p = 1.000001 as one whose q is 1 048 577.)
     """
 
-    p: tl.int64
     ratio: tl.int64
+    inverse_p: tl.int64
+    """1/p, q − 1 and q, see `conjugate`; 0 with a tensor."""
     exponent: tl.int64
-    """q − 1 and q of p, see `conjugate`; 0 with a tensor."""
     q: tl.int64
     p_tensor: Tensor | None
     ratio_tensor: Tensor | None
@@ -56,8 +58,8 @@ class Segment(NamedTuple):
     max_bits: Any
     """The largest loss as a bit pattern."""
     m: Any
-    """float64, as p, q − 1 and q"""
-    p: Any
+    """float64, as 1/p, q − 1 and q"""
+    inverse_p: Any
     exponent: Any
     q: Any
     q32: Any
@@ -70,11 +72,12 @@ class Segment(NamedTuple):
 
 def parameters(p: float | Tensor, ratio: float | Tensor) -> Parameters:
     """Of what a user gave."""
-    exponent = q = 0.0
+    inverse_p = exponent = q = 0.0
     if not isinstance(p, Tensor):
+        inverse_p = 1 / p
         exponent = min(1 / (p - 1), Q_CAP.value) if p > 1 else Q_CAP.value
         q = min(1 + exponent, Q_CAP.value)
-    numbers = [0.0 if isinstance(x, Tensor) else x for x in (p, ratio)] + [exponent, q]
+    numbers = [0.0 if isinstance(ratio, Tensor) else ratio, inverse_p, exponent, q]
     bits = [struct.unpack("<q", struct.pack("<d", x))[0] for x in numbers]
     return Parameters(*bits, *(x.double() if isinstance(x, Tensor) else None for x in (p, ratio)))
 
@@ -97,7 +100,7 @@ def conjugate(p):
 
 @triton.jit
 def load_parameter(bits, tensor):
-    """p or ratio as a float64: from the tensor if there is one."""
+    """A number as a float64: from the tensor if there is one."""
     if tensor is not None:
         value = tl.load(tensor)
     else:
@@ -108,22 +111,26 @@ def load_parameter(bits, tensor):
 @triton.jit
 def load_segment(workspace, index, parameters, fraction_bits):
     """From the statistics of stage one."""
-    p = load_parameter(parameters.p, parameters.p_tensor)
     ratio = load_parameter(parameters.ratio, parameters.ratio_tensor)
+    poisoned = (ratio <= 0) | (ratio > 1) | (ratio != ratio)
     if parameters.p_tensor is not None:
+        p = tl.load(parameters.p_tensor)
+        poisoned |= (p < 1) | (p != p)
+        inverse_p = 1.0 / p
         exponent, q = conjugate(p)
     else:
+        inverse_p = load_parameter(parameters.inverse_p, None)
         exponent, q = load_parameter(parameters.exponent, None), load_parameter(parameters.q, None)
     here = workspace + index * WORDS
     n = tl.load(here + VALID, cache_modifier=".cg")
     max_bits = tl.load(here + MAXIMUM, cache_modifier=".cg").to(tl.int32)
     m = tl.maximum(tl.minimum(ratio * n.to(tl.float64), n.to(tl.float64)), 1.0)
-    poisoned = (max_bits >= INF_BITS) | (p < 1) | (p != p) | (ratio <= 0) | (ratio > 1) | (ratio != ratio)
-    return Segment(index, here, n, max_bits, m, p, exponent, q, q.to(tl.float32), poisoned, fraction_bits)
+    poisoned |= max_bits >= INF_BITS
+    return Segment(index, here, n, max_bits, m, inverse_p, exponent, q, q.to(tl.float32), poisoned, fraction_bits)
 
 
 @triton.jit
-def write_solution(workspace, outputs, segment, pivot, heavy, ties, REDUCTION: tl.constexpr, BLOCK: tl.constexpr):
+def write_solution(workspace, outputs, segment, pivot, heavy, ties, REDUCTION: tl.constexpr):
     """Write a segment's entries of solution, loss and counts; the program that writes the last segment reduces.
 
     pivot: an `End` of the bracket, above = |{ℓ > pivot}| and powers = R = Σ_{ℓ ≤ pivot} (ℓ/pivot)^q; heavy =
@@ -131,18 +138,25 @@ def write_solution(workspace, outputs, segment, pivot, heavy, ties, REDUCTION: t
     w*/τ = (ℓ/pivot)^(q−1)·(R/c)^(−(q−1)/q) up to the pivot.
     """
     n, m = segment.n, segment.m
-    exponent, q = segment.exponent, segment.q
     c = m - pivot.above.to(tl.float64)
-    excess = tl.where(pivot.bits > 0, tl.maximum(pivot.powers / tl.where(c > 0, c, 1.0), 1.0), 1.0)
-    log2_excess = tl.log2(excess)
-    alpha = bits_float(pivot.bits).to(tl.float64) * tl.exp2(log2_excess / q)
-    drop = log2_excess * (exponent / q)
-    some = tl.where(n > 0, n, 1).to(tl.float64)
-    tau = tl.exp2(-(tl.log2(some) / q + tl.log2(m) / segment.p))
-    tau = tl.where(n > 0, tau, 0.0)
+    # One logarithm of all numbers and one power of both results: this runs once, and its code is fetched for that.
+    k = tl.arange(0, 4)
+    log2_of = tl.where(k < 2, tl.where(k == 0, pivot.powers, c), tl.where(k == 2, m, n.to(tl.float64)))
+    log2_of = tl.log2(tl.where(log2_of > 0, log2_of, 1.0))
+    log2_excess = tl.maximum(tl.sum(tl.where(k == 0, log2_of, tl.where(k == 1, -log2_of, 0.0)), 0), 0.0)
+    log2_excess = tl.where((pivot.bits > 0) & (pivot.powers > 0), log2_excess, 0.0)
+    log2_m = tl.sum(tl.where(k == 2, log2_of, 0.0), 0)
+    log2_n = tl.sum(tl.where(k == 3, log2_of, 0.0), 0)
+    inverse_p = segment.inverse_p
+    inverse_q = 1.0 - inverse_p
+    k = tl.arange(0, 2)
+    root = tl.exp2(tl.where(k == 0, log2_excess * inverse_q, -(log2_n * inverse_q + log2_m * inverse_p)))
+    alpha = bits_float(pivot.bits).to(tl.float64) * tl.sum(tl.where(k == 0, root, 0.0), 0)
+    tau = tl.where(n > 0, tl.sum(tl.where(k == 1, root, 0.0), 0), 0.0)
+    drop = log2_excess * inverse_p
     pooled = tau * (heavy + tl.where(pivot.bits > 0, c * alpha, 0.0))
     saturated = pivot.above + tl.where((drop == 0) & (pivot.bits > 0), ties, 0)
-    uniform = (n > 0) & ((m >= n.to(tl.float64)) | (q == 1))  # the mean, zero losses included
+    uniform = (n > 0) & ((m >= n.to(tl.float64)) | (segment.q == 1))  # the mean, zero losses included
     drop = tl.where(uniform, 0.0, drop)
     saturated = tl.where(uniform, n, saturated)
     alpha = tl.where(segment.poisoned, float("nan"), alpha)
@@ -156,7 +170,7 @@ def write_solution(workspace, outputs, segment, pivot, heavy, ties, REDUCTION: t
     tl.store(solution + PIVOT * segments, tl.where(uniform, UNIFORM_PIVOT, bits_float(pivot.bits)))
     tl.store(solution + DROP * segments, drop.to(tl.float32))
     tl.store(solution + STEP * segments, tau.to(tl.float32))
-    tl.store(solution + EXPONENT * segments, exponent.to(tl.float32))
+    tl.store(solution + EXPONENT * segments, segment.exponent.to(tl.float32))
     tl.store(outputs.loss + segment.index, pooled.to(tl.float32))
     counts = outputs.counts + segment.index
     tl.store(counts + N * segments, n)
@@ -164,29 +178,29 @@ def write_solution(workspace, outputs, segment, pivot, heavy, ties, REDUCTION: t
 
     if REDUCTION != "none":  # noqa: SIM102 (a constant: the ticket must not be drawn otherwise)
         if take_ticket(workspace + segments.to(tl.int64) * WORDS) == segments - 1:
-            reduce_segments(outputs, REDUCTION, BLOCK)
+            reduce_segments(outputs, REDUCTION)
 
 
 @triton.jit
-def reduce_segments(outputs, REDUCTION: tl.constexpr, BLOCK: tl.constexpr):
+def reduce_segments(outputs, REDUCTION: tl.constexpr):
     """The reduced loss, and for "mean" the steps: τ divided by the number of segments that have a valid pixel."""
     segments = outputs.segments
-    total = tl.zeros([BLOCK], tl.float64)
-    filled = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, segments, BLOCK):
-        index = start + tl.arange(0, BLOCK)
+    total = tl.zeros([AT_ONCE], tl.float64)
+    filled = tl.zeros([AT_ONCE], tl.int32)
+    for start in range(0, segments, AT_ONCE):
+        index = start + tl.arange(0, AT_ONCE)
         inside = index < segments
         total += tl.load(outputs.loss + index, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
         there = tl.load(outputs.counts + N * segments + index, mask=inside, other=0, cache_modifier=".cg") > 0
-        filled += there.to(tl.float64)
+        filled += there.to(tl.int32)
     reduced = tl.sum(total, 0)
     if REDUCTION == "mean":
-        scale = 1.0 / tl.maximum(tl.sum(filled, 0), 1.0)
+        scale = 1.0 / tl.maximum(tl.sum(filled, 0), 1).to(tl.float64)
         reduced = reduced * scale
         taus = outputs.solution + TAU * segments
         steps = outputs.solution + STEP * segments
-        for start in range(0, segments, BLOCK):
-            index = start + tl.arange(0, BLOCK)
+        for start in range(0, segments, AT_ONCE):
+            index = start + tl.arange(0, AT_ONCE)
             inside = index < segments
             tau = tl.load(taus + index, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
             tl.store(steps + index, (tau * scale).to(tl.float32), mask=inside)

@@ -25,7 +25,7 @@ from .bracket import THRESHOLDS, End, add_powers, decay, first_bracket, narrow, 
 from .configs import SortConfig, fraction_bits
 from .launcher import launch, wait_for_launch_before
 from .layout import unit_of
-from .numerics import bits_float, float_bits, from_fixed, normaliser, power, to_fixed
+from .numerics import bits_float, float_bits, from_fixed, from_normalised, normaliser, power, to_fixed
 from .solution import Outputs, Parameters, load_segment, write_solution
 from .workspace import FINISHED, ROUNDS, take_ticket
 
@@ -193,10 +193,10 @@ def sort_kernel(task: Task, C: tl.constexpr):
         over = bits > lo
         at_pivot = (bits == lo) & (bits > 0)
         heavy = tl.sum(tl.where(over, to_fixed(ell * norm, fraction_bits - 2), 0), 0)
-        heavy = from_fixed(heavy, fraction_bits - 2) / norm.to(tl.float64)
+        heavy = from_normalised(heavy, fraction_bits - 2, bits_float(segment.max_bits))
         ties = tl.sum(at_pivot.to(tl.int64), 0)
         pivot = End(lo, tl.sum(over.to(tl.int64), 0), tl.max(tl.where(at_pivot, powers, 0.0), 0).to(tl.float64))
-        write_solution(task.workspace, task.outputs, segment, pivot, heavy, ties, REDUCTION, RUN)
+        write_solution(task.workspace, task.outputs, segment, pivot, heavy, ties, REDUCTION)
     else:
         tl.store(task.powers + ours, powers)
         # Added as integers: no rounding but the last.
@@ -208,8 +208,8 @@ def sort_kernel(task: Task, C: tl.constexpr):
             pivot, rounds = search_runs(runs, segment, C)
             tl.store(segment.here + ROUNDS, rounds)
             heavy, ties = heaviest_of_runs(runs, pivot.bits, fraction_bits - 2, C)
-            heavy = from_fixed(heavy, fraction_bits - 2) / norm.to(tl.float64)
-            write_solution(task.workspace, task.outputs, segment, pivot, heavy, ties, REDUCTION, RUN)
+            heavy = from_normalised(heavy, fraction_bits - 2, bits_float(segment.max_bits))
+            write_solution(task.workspace, task.outputs, segment, pivot, heavy, ties, REDUCTION)
 
 
 def solve_by_sorting(
@@ -230,4 +230,5 @@ def solve_by_sorting(
     buffers = (losses, sorted_runs, powers, sums, workspace, outputs, parameters)
     task = Task(*buffers, runs, length // unit, fraction_bits(length))
     constants = Constants(reduction, runs == 1, unit, config.run, config.run.bit_length(), config.lanes)
-    launch(sort_kernel, segments * runs, (task,), (constants,), config.warps, registers=config.registers)
+    registers = config.registers if runs == 1 else config.registers_of_runs
+    launch(sort_kernel, segments * runs, (task,), (constants,), config.warps, registers=registers)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)", re.MULTILINE)
 LABEL = re.compile(r"^(\.L_x_\d+):")
-# Before sm_90 a loop may be left by a call that doesn't return (CALL.REL.NOINC).
-BRANCH = re.compile(r"\b(?:BRA|CALL)\b.*`\((\.L_x_\d+)\)")
+# Before sm_90 a loop may be left by a call that doesn't return (CALL.REL.NOINC). BRA.DIV is for lanes of a warp that go
+# different ways before they exchange numbers, which no kernel here makes them do.
+BRANCH = re.compile(r"\b(?:BRA(?!\.DIV)|CALL)\b.*`\((\.L_x_\d+)\)")
 PREDICATE = re.compile(r"!?\bU?P\d")
 LEAVES = ("EXIT", "RET", "BRX")
 END = -1
@@ -115,11 +116,15 @@ class Code:
         head, _end = self.loops[number]
         return self.path(cost, head, head, times, dearest, self.bodies[number])
 
-    def after(self, cost: Callable[[str], float], number: int) -> float:
-        """The cost of the cheapest path from a loop to the end."""
+    def after(
+        self, cost: Callable[[str], float], number: int, dearest: bool = False, without: frozenset[int] = frozenset()
+    ) -> float:
+        """The cost of the cheapest path from a loop to the end, or of the dearest; it passes nothing in `without`."""
         body = self.bodies[number]
         exits = {x for place in body for x in self.onward[place]} - body - {END}
-        return min((self.path(cost, x) for x in exits), default=0.0)
+        rest = frozenset(range(len(self.opcodes))) - body - without
+        found = (self.path(cost, x, dearest=dearest, within=rest) for x in exits)
+        return (max if dearest else min)(found, default=0.0)
 
 
 def parse(sass: str) -> Code:
@@ -140,8 +145,15 @@ def parse(sass: str) -> Code:
     while opcodes and opcodes[-1] == "NOP":
         opcodes.pop()
     leads = {place: (labels[label], falls) for place, (label, falls) in branches.items() if place < len(opcodes)}
+    code = Code(tuple(opcodes), leads, frozenset(conditional), ())
+    reached = {0}
+    left = [0]
+    while left:
+        new = set(code.onward[left.pop()]) - reached - {END}
+        reached |= new
+        left += new
     ends: dict[int, int] = {}
     for place, (target, _falls) in leads.items():
-        if target < place:  # not the halt at the end
+        if target < place and place in reached:  # not the halt at the end
             ends[target] = max(place, ends.get(target, 0))
-    return Code(tuple(opcodes), leads, frozenset(conditional), tuple(sorted(ends.items())))
+    return replace(code, loops=tuple(sorted(ends.items())))

@@ -13,7 +13,9 @@ All that is assumed for it:
 | 64-bit integer adds | 2 slots | they are two instructions |
 | an atomic of a warp on shared memory | `CONFLICTS` slots | losses of a warp that meet in a bank (`perf/search.py`) |
 | path of a tile | the cheapest through the loop body | no tile lists a loss; the dearest stands beside it |
-| rounds of the search, losses listed | 2, one tile | `perf/search.py`, p = 1.3, networks |
+| losses listed | at most as many as are sorted at once | `perf/search.py`, p = 1.3, networks |
+| rounds where there are more: "searched" | 2 over one tile | the same |
+| path of the last program of a launch | the dearest, a loop once, past the rounds where it sorts | an upper bound |
 | a step of the last program | 5 cycles a slot, or one a scheduler's warp | it waits for the step before |
 | launch, wait | 1.5 µs each | an estimate, in a CUDA graph |
 

@@ -6,7 +6,8 @@
 A row is one vector of losses, p and number of bins in the histogram of stage one. Its columns: losses left in the
 bracket by that histogram (`first`), by one and by two passes of 256 bins each (`pass 1`, `pass 2`); then for each
 capacity of the short list the passes it takes until the bracket fits, rounds of thresholds over the list, and bytes a
-loss: four for the walk of each pass and of the listing, eight for each loss listed, four for each round over one.
+loss: four for the walk of each pass and of the listing, eight for each loss listed, four for each round over one. (The
+kernels sort a short list instead, `SelectConfig.sorted`.)
 
 With --conflicts: how many of the 32 losses of a warp meet in one bank of shared memory when they are counted in the
 bins of stage one, on average of the fullest bank, losses in random order (neighbours in an image are more alike).
@@ -99,8 +100,7 @@ def bracket_of_bins(segment: Segment, edges: np.ndarray, lo: int, hi: int) -> Br
     for k, upper in enumerate(map(int, edges)):
         count = int(below[k + 1] - below[k])
         decay = np.exp2(q * (log2(before) - log2(upper))) if before > 0 else 0.0
-        lower = log2(min(before + 1, upper))
-        least = least * decay + count * (np.exp2(q * (lower - log2(upper))) if np.isfinite(lower) else 0.0)
+        least = (least + count) * decay
         most = most * decay + count
         above = len(segment.bits) - below[k + 1]
         if above + least * (1 - MARGIN) >= m:

@@ -64,8 +64,10 @@ class Slots(NamedTuple):
     """As least, each instruction counted as one."""
     once: float
     """Of a warp, what a program does once."""
-    last: float
-    """Of a warp, what the last program does after its walk."""
+    last: float = 0
+    """Of a warp, what the last program does after its walk, at most: the dearest path, which sorts the list."""
+    searched: float = 0
+    """The same, where the list is too long to be sorted."""
 
 
 def issue(cost: catalogue.Cost, code: Compiled, device: roofline.Device, losses: str = "untrained") -> Slots:
@@ -74,7 +76,7 @@ def issue(cost: catalogue.Cost, code: Compiled, device: roofline.Device, losses:
     weight = roofline.slots(device, losses)
     if code.flow is None:
         every = len(code.opcodes) * a_pixel
-        return Slots(every, every, every, 0, 0)
+        return Slots(every, every, every, 0)
     flow = code.flow
     times = dict([cost.again]) if cost.again else {}
     ways = ((weight, False), (weight, True), (_one, False))
@@ -86,17 +88,21 @@ def issue(cost: catalogue.Cost, code: Compiled, device: roofline.Device, losses:
         found = [flow.path(w, through, END, times, dearest) for w, dearest in ways]
         if through:
             found = [x + flow.path(w, 0, through, times, dearest) for x, (w, dearest) in zip(found, ways, strict=True)]
-        return Slots(*(x * a_pixel for x in found), once=0, last=0)
+        return Slots(*(x * a_pixel for x in found), once=0)
     number = 0
     if cost.walk == "longest":
         number = max(range(len(flow.loops)), key=lambda i: flow.loops[i][1] - flow.loops[i][0])
     head, _end = flow.loops[number]
     found = [flow.loop(w, number, times, dearest) for w, dearest in ways]
-    body = flow.bodies[number]
-    rest = [x for place, x in enumerate(code.opcodes) if place > head and place not in body]
-    rounds = next((flow.loop(weight, i, dearest=True) for i, (h, _) in enumerate(flow.loops) if h > head), 0)
-    last = sum(map(weight, rest)) + (roofline.ROUNDS - 1) * rounds
-    return Slots(*(x * a_pixel for x in found), once=flow.path(weight, 0, head) + flow.after(weight, number), last=last)
+    # Of the loops after the walk only that of the rounds has another one in it.
+    inner = (i for i, x in enumerate(flow.bodies) if flow.loops[i][0] > head and any(y < x for y in flow.bodies))
+    rounds = next(inner, None)
+    last = flow.after(weight, number, True, frozenset() if rounds is None else flow.bodies[rounds])
+    searched = last
+    if rounds is not None:
+        searched = flow.after(weight, number, True) + (roofline.ROUNDS - 1) * flow.loop(weight, rounds, dearest=True)
+    once = flow.path(weight, 0, head) + flow.after(weight, number)
+    return Slots(*(x * a_pixel for x in found), once, last, searched)
 
 
 def _one(opcode: str) -> float:
@@ -128,7 +134,7 @@ def _cells(cost: catalogue.Cost, code: Compiled, weight: Callable[[str], float])
         return (before + cost.rows * once + rest) * a_pixel
 
     found = cells(weight, False), cells(weight, True), cells(_one, False)
-    return Slots(*found, once=flow.path(weight, 0, heads[walk]) + flow.after(weight, walk), last=0)
+    return Slots(*found, once=flow.path(weight, 0, heads[walk]) + flow.after(weight, walk))
 
 
 def row(name: str, launch: Launch, architecture: int | str) -> dict[str, object]:
@@ -185,7 +191,9 @@ def predict(shape: tuple[int, int, int], architecture: int | str) -> list[dict[s
             if not name:
                 losses, *walks, gradient = (_us(launch, device, images * pixels) for launch in gpu.launches)
                 passes = len(walks) - 1
-                last = _last_us(gpu.launches[-2], device)
+                last, searched = map(
+                    sum, zip(*(_last_us(launch, device) for launch in gpu.launches[1:-1]), strict=True)
+                )
                 work = losses + sum(walks) + last + gradient
             waits = {"": 0, "solve": passes, "forward": passes + 1}[name]
             total = work + (1 + len(gpu.launches)) * roofline.LAUNCH_US + waits * roofline.WAIT_US
@@ -199,6 +207,7 @@ def predict(shape: tuple[int, int, int], architecture: int | str) -> list[dict[s
                     "losses us": losses,
                     "walks us": sum(walks),
                     "last us": last,
+                    "searched us": searched,
                     "gradient us": gradient,
                     "predicted us": total,
                     "floor us": floor,
@@ -218,10 +227,11 @@ def _us(launch: Launch, device: roofline.Device, pixels: int) -> float:
     return walk + roofline.once_us(device, taken.once, code.warps, launch.programs)
 
 
-def _last_us(launch: Launch, device: roofline.Device) -> float:
-    """Of the last program of a search, once the others are done."""
+def _last_us(launch: Launch, device: roofline.Device) -> tuple[float, float]:
+    """Of the last program of a walk, once the others are done: with a list that is sorted, and with a longer one."""
     code = read(launch.compiled)
-    return roofline.alone_us(device, issue(catalogue.cost(launch), code, device).last, code.warps)
+    taken = issue(catalogue.cost(launch), code, device)
+    return roofline.alone_us(device, taken.last, code.warps), roofline.alone_us(device, taken.searched, code.warps)
 
 
 def main() -> None:

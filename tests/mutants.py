@@ -56,6 +56,9 @@ ORACLE = "tests/test_solver.py -k 'against and select-1.3'"
 AT_P_1 = "tests/test_solver.py -k 'against and select-1.0]'"
 FAR_APART = "tests/test_solver.py -k 'fifty_orders and select]'"
 NARROWED = "tests/test_solver.py -k 'against and narrowed-1.0]'"
+SORTED = "tests/test_solver.py -k sorted_or_in_rounds"
+LISTED = 'mask=index < candidates.length, other=-1.0, cache_modifier=".cg")\n        bits = float_bits(x)\n        '
+WITHIN = "in_bracket = (bits > candidates.lo) & (bits <= candidates.hi)"
 COUNTS = "tests/test_solver.py -k 'exact_counts and select-'"
 COUNTS_OF_RUNS = "tests/test_solver.py -k 'exact_counts and runs-'"
 TURNS, TURNS_SOLVE, TURNS_FORWARD = (
@@ -94,10 +97,31 @@ MUTANTS = (
     ),
     Mutant(
         "kernels/select.py",
-        'mask=index < candidates.length, other=-1.0, cache_modifier=".cg")\n        bits = float_bits(x)\n        over',
-        'mask=index <= candidates.length, other=-1.0, cache_modifier=".cg")\n        bits = float_bits(x)\n        over',
+        LISTED + WITHIN + "\n        over",
+        LISTED.replace("<", "<=") + WITHIN + "\n        over",
         OVERFLOW,
         "mask of the heaviest losses off by one",
+    ),
+    Mutant(
+        "kernels/select.py",
+        "tl.where(place > 0, 0.0, lo.powers.to(tl.float32) * tl.exp2(-loss_decay)) + ",
+        "",
+        ORACLE,
+        "what lies below the sorted list is left out",
+    ),
+    Mutant(
+        "kernels/select.py",
+        "hi.above + (LENGTH - 1 - place)",
+        "hi.above + (LENGTH - place)",
+        ORACLE,
+        "a sorted loss counts as above itself",
+    ),
+    Mutant(
+        "kernels/select.py",
+        "if fits & (listed <= SORTED):",
+        "if fits:",
+        SORTED,
+        "a list too long to be sorted is cut off",
     ),
     Mutant(
         "kernels/select.py",
@@ -243,22 +267,22 @@ MUTANTS = (
     ),
     Mutant(
         "kernels/solution.py",
-        "tau = tl.exp2(-(tl.log2(some) / q + tl.log2(m) / segment.p))",
-        "tau = tl.exp2(-(tl.log2(some) / q + tl.log2(m) / q))",
+        "log2_n * inverse_q + log2_m * inverse_p",
+        "log2_n * inverse_q + log2_m * inverse_q",
         ORACLE,
         "τ misnormalised",
     ),
     Mutant(
         "kernels/solution.py",
-        "uniform = (n > 0) & ((m >= n.to(tl.float64)) | (q == 1))",
-        "uniform = (n > 0) & (q == 1)",
+        "uniform = (n > 0) & ((m >= n.to(tl.float64)) | (segment.q == 1))",
+        "uniform = (n > 0) & (segment.q == 1)",
         COUNTS,
         "ratio 1 is not the mean",
     ),
     Mutant(
         "kernels/solution.py",
-        "poisoned = (max_bits >= INF_BITS) |",
-        "poisoned = (max_bits > 0x7FFFFFFF) |",
+        "poisoned |= max_bits >= INF_BITS",
+        "poisoned |= max_bits > 0x7FFFFFFF",
         BAD_LOGITS,
         "a poisoned segment is not",
     ),
@@ -271,8 +295,8 @@ MUTANTS = (
     ),
     Mutant(
         "kernels/solution.py",
-        "filled += there.to(tl.float64)",
-        "filled += inside.to(tl.float64)",
+        "filled += there.to(tl.int32)",
+        "filled += inside.to(tl.int32)",
         IGNORED_IMAGE,
         "empty segments count in the mean",
     ),
@@ -307,15 +331,15 @@ MUTANTS = (
     ),
     Mutant(
         "kernels/bracket.py",
-        "counts += tl.where(place == 0, segment.n - tl.sum(counts, 0), 0)",
+        "counts += tl.where(place == 0, segment.n.to(tl.int32) - tl.sum(counts, 0), 0)",
         "counts += 0",
         ORACLE,
         "the smallest losses are in no bin",
     ),
     Mutant(
         "kernels/select.py",
-        "heavy_sum = from_fixed(heavy + extra, fraction_bits - 2)",
-        "heavy_sum = from_fixed(extra, fraction_bits - 2)",
+        "from_normalised(heavy + extra, ",
+        "from_normalised(extra, ",
         ORACLE,
         "losses above the bracket dropped",
     ),

@@ -15,7 +15,7 @@ SOLVERS = {
     "eager": {},
     "select": {},
     "select, narrowed": {"select": {"block": 256, "capacity": 16, "passes": (10, 200)}},
-    "select, cooperative": {"select": {"block": 256, "capacity": 16, "passes": (10, 200)}},
+    "select, cooperative": {"select": {"block": 256, "capacity": 16, "sorted": 4, "passes": (10, 200)}},
     "sort": {"sort": {"run": 1024, "lanes": 16}},
     "sort, runs": {"sort": {"run": 128, "lanes": 4}},
 }

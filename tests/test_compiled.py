@@ -291,3 +291,4 @@ def test_pipelines():
     found = report("--pipelines", "--architecture", ARCHITECTURES[0])
     assert (found["predicted us"] > found["must us"]).all() and (found["must us"] > found["floor us"]).all()
     assert set(found["cooperative"]) == {"none", "solve", "forward"} and len(found) == 12
+    assert (found["last us"] < 0.7 * found["searched us"]).all()  # a short list is sorted, not searched

@@ -126,7 +126,7 @@ def test_tiling(rng, configure, device, which):
             sort={"run": block, "lanes": 8},
         )
         weights, stats = weights_and_statistics(values, backend="triton", solver=which)
-        exact = which == "select" and not passes
+        exact = which == "select" and not passes and capacity == 8192  # a list that overflows is not sorted
         assert ulps(stats[1], expected_stats[1]) <= (0 if exact else 2)  # α*
         torch.testing.assert_close(weights, expected, rtol=0, atol=0 if exact else 1e-6 * expected_stats[2].max())
 

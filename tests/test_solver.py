@@ -141,6 +141,21 @@ def test_short_list_that_overflows(rng, configure, device, passes):
             check(losses, p, 0.3, device, backend="triton", solver="select")
 
 
+@pytest.mark.parametrize("p", [1.0, 1.0001, 1.05, 1.3, 50.0])
+def test_a_short_list_sorted_or_in_rounds(rng, configure, device, p):
+    """Up to `sorted` losses on the list are sorted, more are searched in rounds: both to the contract, α* to 2 ulp."""
+    pytest.importorskip("triton")
+    for name, losses in distributions(rng):
+        ratio = float(rng.uniform(0.01, 1))
+        print(name, ratio)
+        found = []
+        for length in (16, 1024):
+            configure(select={"sorted": length})
+            found.append(check(losses, p, ratio, device, backend="triton", solver="select")[0])
+        in_rounds, by_sorting = (x.alpha.view(torch.int32) for x in found)
+        assert (in_rounds - by_sorting).abs().max() <= 2
+
+
 def adversaries(rng, n):
     """Losses that make a threshold search take its time."""
     yield np.full(n, 0.7)
@@ -165,7 +180,13 @@ def test_rounds_are_bounded(rng, configure, device, which, n):
     if not CUDA:  # large blocks: the interpreter works on vectors
         size = 1 << min(17, max(4, n.bit_length() - 1))
         configure(
-            select={"block": size, "solve_block": size, "exact_solve_block": size, "passes": (300, 20_000)},
+            select={
+                "block": size,
+                "solve_block": size,
+                "exact_solve_block": size,
+                "sorted": 2,
+                "passes": (300, 20_000),
+            },
             stream={"block": size},
             sort={"run": min(size, 1 << 14)},
         )
