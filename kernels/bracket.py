@@ -10,7 +10,17 @@ import triton
 import triton.language as tl
 
 from .numerics import INF_BITS, bits_float, float_bits, log2_of_share, log2_ratio
-from .workspace import BIN_SHIFT, BINS, FINE_BINS, FINE_BITS, FIRST_BIN, HISTOGRAM
+from .workspace import (
+    BIN_SHIFT,
+    BINS,
+    COARSE_BINS,
+    COARSE_SHIFT,
+    FINE_BINS,
+    FINE_BITS,
+    FIRST_COARSE,
+    FIRST_FINE,
+    HISTOGRAM,
+)
 
 THRESHOLDS = tl.constexpr(4)
 MARGIN = tl.constexpr(1e-4)  # relative, far above the rounding of the bounds taken from bins
@@ -82,14 +92,20 @@ def bracket_of_bins(bins, base, outside, lo, hi, m, q, POWER: tl.constexpr):
 
 
 @triton.jit
+def bin_start(place):
+    """The least bit pattern of a bin of stage one, above 0."""
+    return tl.where(place < COARSE_BINS, FIRST_COARSE + (place << COARSE_SHIFT), FIRST_FINE + (place << BIN_SHIFT))
+
+
+@triton.jit
 def first_bracket(segment, POWER: tl.constexpr):
     """The bracket by the histogram of stage one, and how many losses it holds at most (zeros may count)."""
     place = tl.arange(0, BINS)
     counts = tl.load(segment.here + HISTOGRAM + place).to(tl.int32)  # 0 for bin 0
     counts += tl.where(place == 0, segment.n.to(tl.int32) - tl.sum(counts, 0), 0)
     max_bits = tl.minimum(segment.max_bits, INF_BITS - 1)
-    before = tl.where(place == 0, 0, ((place + FIRST_BIN) << BIN_SHIFT) - 1)
-    upper = tl.where(place == BINS - 1, INF_BITS - 1, ((place + FIRST_BIN + 1) << BIN_SHIFT) - 1)
+    before = tl.where(place == 0, 0, bin_start(place) - 1)
+    upper = tl.where(place == BINS - 1, INF_BITS - 1, bin_start(place + 1) - 1)
     bins = Bins(counts, tl.minimum(before, max_bits), tl.minimum(upper, max_bits))
     # Past the maximum there is nothing left to separate, whatever the sign of f.
     return bracket_of_bins(bins, 0.0, tl.cast(0, tl.int64), 0, max_bits + 1, segment.m, segment.q32, POWER)

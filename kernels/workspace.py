@@ -30,10 +30,14 @@ FINE_BITS = tl.constexpr(8)
 FINE_BINS = tl.constexpr(1 << 8)
 WORDS = tl.constexpr(528)
 
-# A bin is 1/16 of an octave: bits >> 19 counts them, from 2^-11 here; 256 bins reach to 2^5. Bin 0 takes all smaller
-# losses, the last one all larger.
+# From 2^-10 to 2^5 a bin is 1/16 of an octave: bits >> 19 counts those, so that bin 16 is the first of them. Below they
+# are two octaves each, for well trained networks, whose losses are mostly small: bits >> 24 counts these, from 2^-42.
+# Bin 0 takes all smaller losses, too, the last one all larger.
+COARSE_BINS = tl.constexpr(16)
+COARSE_SHIFT = tl.constexpr(24)
 BIN_SHIFT = tl.constexpr(19)
-FIRST_BIN = tl.constexpr((127 - 11) * 16)
+FIRST_COARSE = tl.constexpr((127 - 42) << 23)  # the bit patterns where bin 0 would begin, by either count
+FIRST_FINE = tl.constexpr((127 - 11) << 23)
 
 
 class Statistics(NamedTuple):
@@ -56,7 +60,9 @@ def no_statistics(BLOCK: tl.constexpr):
 def tally(statistics, loss, valid):
     """The statistics with a tile of losses added."""
     bits = tl.where(valid, float_bits(loss) & 0x7FFFFFFF, 0)
-    bins = tl.minimum(tl.maximum((bits >> BIN_SHIFT) - FIRST_BIN, 0), BINS - 1)
+    # Each count is the smaller one where the other holds.
+    coarse = tl.minimum(tl.maximum((bits - FIRST_COARSE) >> COARSE_SHIFT, 0), COARSE_BINS - 1)
+    bins = tl.minimum(tl.maximum((bits - FIRST_FINE) >> BIN_SHIFT, coarse), BINS - 1)
     return Statistics(
         tl.maximum(statistics.maximum, bits),
         statistics.count + valid.to(tl.int32),

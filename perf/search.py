@@ -30,8 +30,10 @@ LENGTHS = (321 * 321, 512 * 512, 550 * 550, 1 << 20, 1 << 23)
 PS = (1.0, 1.05, 1.3, 3.0, 100.0)
 BINS = (64, 256, 512)
 CAPACITIES = (2048, 8192, 65536)
-OCTAVES = (-11, 5)
-"""What the histogram of stage one covers; its first and last bin take the rest."""
+OCTAVES = 16
+"""The bins of stage one divide them, up to 2^5, into equal shares, but for the COARSE ones at their lower end."""
+COARSE = 16
+"""Bins of two octaves each, below the others; the first one and the last take the rest."""
 MARGIN = 1e-4
 FINE_BINS = 256
 INFINITE = 0x7F800000
@@ -114,8 +116,10 @@ def bracket_of_bins(segment: Segment, edges: np.ndarray, lo: int, hi: int) -> Br
 
 def first_edges(bins: int) -> np.ndarray:
     """The upper edges of the bins of stage one, bit patterns."""
-    steps = bins // (OCTAVES[1] - OCTAVES[0])
-    inner = np.arange(1, bins + 1, dtype=np.int64) * ((1 << 23) // steps) + ((127 + OCTAVES[0]) << 23) - 1
+    place = np.arange(bins)
+    fine = ((127 + 5) << 23) - (bins - 1 - place) * ((1 << 23) * OCTAVES // bins)
+    coarse = fine[COARSE - 1] - (COARSE - 1 - place) * (2 << 23)
+    inner = np.where(place < COARSE, coarse, fine) - 1
     inner[-1] = INFINITE - 1
     return inner
 

@@ -360,6 +360,20 @@ MUTANTS = (
     # What programs tell each other
     Mutant(
         "kernels/workspace.py",
+        "FIRST_FINE) >> BIN_SHIFT, coarse)",
+        "FIRST_FINE) >> BIN_SHIFT, 0)",
+        FAR_APART,
+        "small losses are counted in bin 0",
+    ),
+    Mutant(
+        "kernels/bracket.py",
+        "FIRST_COARSE + (place << COARSE_SHIFT)",
+        "FIRST_FINE + (place << BIN_SHIFT)",
+        FAR_APART,
+        "the coarse bins lie elsewhere",
+    ),
+    Mutant(
+        "kernels/workspace.py",
         'ticket = tl.atomic_add(counter, 1, sem="acq_rel")',
         'ticket = tl.atomic_add(counter, 1, sem="relaxed")',
         TURNS,
