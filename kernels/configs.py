@@ -167,7 +167,7 @@ AMPERE = Table(
         solve_block=512,
         exact_solve_block=256,
         sorted=256,
-        passes=(1 << 13, 3 << 19, 1 << 27),
+        passes=(1 << 13, 1 << 21, 1 << 27),
         approximation="approx",
     ),
     forward_solve_block=128,

@@ -31,12 +31,12 @@ FINE_BINS = tl.constexpr(1 << 8)
 WORDS = tl.constexpr(528)
 
 # From 2^-10 to 2^5 a bin is 1/16 of an octave: bits >> 19 counts those, so that bin 16 is the first of them. Below they
-# are two octaves each, for well trained networks, whose losses are mostly small: bits >> 24 counts these, from 2^-42.
+# are an octave each, for well trained networks, whose losses are mostly small: bits >> 23 counts these, from 2^-26.
 # Bin 0 takes all smaller losses, too, the last one all larger.
 COARSE_BINS = tl.constexpr(16)
-COARSE_SHIFT = tl.constexpr(24)
+COARSE_SHIFT = tl.constexpr(23)
 BIN_SHIFT = tl.constexpr(19)
-FIRST_COARSE = tl.constexpr((127 - 42) << 23)  # the bit patterns where bin 0 would begin, by either count
+FIRST_COARSE = tl.constexpr((127 - 26) << 23)  # the bit patterns where bin 0 would begin, by either count
 FIRST_FINE = tl.constexpr((127 - 11) << 23)
 
 

@@ -13,7 +13,7 @@ All that is assumed for it:
 | 64-bit integer adds | 2 slots | they are two instructions |
 | an atomic of a warp on shared memory | `CONFLICTS` slots | losses of a warp that meet in a bank (`perf/search.py`) |
 | path of a tile | the cheapest through the loop body | no tile lists a loss; the dearest stands beside it |
-| losses listed | at most as many as are sorted at once | `perf/search.py`, p = 1.3, networks |
+| losses listed | at most as many as are sorted at once | `perf/search.py`, p = 1.3, networks not very well trained |
 | rounds where there are more: "searched" | 2 over one tile | the same |
 | path of the last program of a launch | the dearest, a loop once, past the rounds where it sorts | an upper bound |
 | a step of the last program | 5 cycles a slot, or one a scheduler's warp | it waits for the step before |
@@ -62,7 +62,7 @@ STEP = 5.0
 """Cycles from an instruction to the next one of a warp that needs its result."""
 QUARTER = ("MUFU", "F2I", "I2F", "F2F", "FRND", "F2FP.E", "I2I")
 FLOAT64 = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX")
-CONFLICTS = {"trained": 3.9, "untrained": 7.3}
+CONFLICTS = {"trained": 3.7, "untrained": 7.3}
 """Of the 256 bins of stage one: `python perf/search.py --conflicts`."""
 
 
