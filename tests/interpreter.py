@@ -6,6 +6,7 @@ import inspect
 
 import numpy as np
 import triton.language as tl
+from triton.language import core, semantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, ReduceOps, ScanOps
 
@@ -50,8 +51,66 @@ def patch_once(fn, patched, original=interpreter._patch_lang):
     return original(fn)
 
 
+@functools.cache
+def known_shape(sizes, block_type=core.block_type.__init__):
+    """What a block type of these sizes says of its shape: itself, how many, in words; and what a tensor says of it."""
+    if not sizes:
+        return core.tuple([]), 1, "", core.tuple([]), core.constexpr(1)
+    known = core.block_type.__new__(core.block_type)
+    block_type(known, core.float32, list(sizes))
+    constants = core.tuple([core.constexpr(size) for size in sizes])
+    return known.shape, known.numel, str(known.shape), constants, core.constexpr(known.numel)
+
+
+def block_type(self, element_ty, shape):
+    """What `block_type.__init__` does, whose shapes are looked up: every operation makes some of them."""
+    sizes = tuple(x.value if isinstance(x, core.constexpr) else x for x in getattr(shape, "values", shape))
+    if not sizes:
+        raise TypeError("0d block_type is forbidden")
+    self.element_ty = element_ty
+    self.shape, self.numel, words, _, _ = known_shape(sizes)
+    self.name = f"<{words}, {element_ty}>"
+
+
+def same_type(self, other):
+    """What `block_type.__eq__` says."""
+    same_class = isinstance(other, core.block_type)
+    return same_class and self.element_ty == other.element_ty and self.shape.values == other.shape.values
+
+
+def same_scalar(self, other, original=core.dtype.__eq__):
+    """What `dtype.__eq__` says; mostly both are one object."""
+    return self is other or original(self, other)
+
+
+def unwrapped(value, original=core._unwrap_if_constexpr):
+    """What a constant holds, or what else this is; of containers, what each of their constants holds."""
+    if isinstance(value, core.constexpr):
+        return value.value
+    return original(value) if isinstance(value, (list, tuple, core.tuple)) else value
+
+
+def tensor(self, handle, type):
+    """What `tensor.__init__` does, likewise."""
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    _, _, _, self.shape, self.numel = known_shape(tuple(type.shape.values) if type.is_block() else ())
+
+
+def broadcast(self, lhs, rhs, original=semantic.TritonSemantic.broadcast_impl_value):
+    """Both tensors, in one shape; mostly they have one."""
+    left, right = lhs.type, rhs.type
+    alike = left.is_block() == right.is_block()
+    if alike and (not left.is_block() or left.shape.values == right.shape.values):
+        return lhs, rhs
+    return original(self, lhs, rhs)
+
+
 def speed_up():
     """Put these in place of the interpreter's own."""
+    core.block_type.__init__, core.block_type.__eq__ = block_type, same_type
+    core.tensor.__init__, core.dtype.__eq__ = tensor, same_scalar
+    core._unwrap_if_constexpr = unwrapped
+    semantic.TritonSemantic.broadcast_impl_value = broadcast
     ReduceOps.generic_reduce = reduce_xor
     ScanOps.generic_scan = scan_by_doubling
     numpy_type = functools.cache(interpreter._get_np_dtype)  # which makes a table of all types for every question
