@@ -20,6 +20,9 @@ def distributions(rng):
     yield "lognormal", rng.lognormal(0, 1, 700)
     yield "heavy tail", rng.lognormal(0, 5, 700)
     yield "trained network", rng.exponential(1e-3, 700) + (rng.random(700) < 0.05) * rng.exponential(3, 700)
+    yield "well trained network", 10 ** rng.normal(-4, 1, 700)
+    powers = np.exp2(rng.integers(-30, 8, 600).astype(np.float32))  # where bins begin, and just below
+    yield "powers of two", np.where(rng.random(600) < 0.5, powers, np.nextafter(powers, np.float32(0)))
     yield "untrained network", 2.9 + 0.3 * rng.standard_normal(700)
     yield "ties", np.round(rng.exponential(1, 700), 1)
     yield "two values", np.where(rng.random(600) < 0.3, 3.0, 0.5)
