@@ -13,13 +13,13 @@ from .numerics import INF_BITS, bits_float, float_bits, log2_of_share, log2_rati
 from .workspace import (
     BIN_SHIFT,
     BINS,
-    COARSE_BINS,
-    COARSE_SHIFT,
     FINE_BINS,
     FINE_BITS,
-    FIRST_COARSE,
-    FIRST_FINE,
+    FIRST_BIN,
+    FIRST_OCTAVE,
     HISTOGRAM,
+    OCTAVE_BINS,
+    OCTAVE_SHIFT,
 )
 
 THRESHOLDS = tl.constexpr(4)
@@ -94,7 +94,7 @@ def bracket_of_bins(bins, base, outside, lo, hi, m, q, POWER: tl.constexpr):
 @triton.jit
 def bin_start(place):
     """The least bit pattern of a bin of stage one, above 0."""
-    return tl.where(place < COARSE_BINS, FIRST_COARSE + (place << COARSE_SHIFT), FIRST_FINE + (place << BIN_SHIFT))
+    return tl.where(place < OCTAVE_BINS, FIRST_OCTAVE + (place << OCTAVE_SHIFT), FIRST_BIN + (place << BIN_SHIFT))
 
 
 @triton.jit

@@ -23,9 +23,9 @@ HI = tl.constexpr(8)
 INSIDE = tl.constexpr(9)  # how many losses it holds at most
 ROUNDS = tl.constexpr(10)  # rounds of thresholds the solver took, for perf/solvers.py
 PASSED = tl.constexpr(11)  # in a cooperative launch: phases that all programs of the segment are through with
-HISTOGRAM = tl.constexpr(16)  # counts of the coarse bins, by stage one
+HISTOGRAM = tl.constexpr(16)  # counts of the bins, by stage one
 BINS = tl.constexpr(256)
-FINE = tl.constexpr(272)  # counts of the fine bins of the bracket, zero again after each pass
+FINE = tl.constexpr(272)  # counts of the finer bins of a bracket, zero again after each pass
 FINE_BITS = tl.constexpr(8)
 FINE_BINS = tl.constexpr(1 << 8)
 WORDS = tl.constexpr(528)
@@ -33,11 +33,11 @@ WORDS = tl.constexpr(528)
 # From 2^-10 to 2^5 a bin is 1/16 of an octave: bits >> 19 counts those, so that bin 16 is the first of them. Below they
 # are an octave each, for well trained networks, whose losses are mostly small: bits >> 23 counts these, from 2^-26.
 # Bin 0 takes all smaller losses, too, the last one all larger.
-COARSE_BINS = tl.constexpr(16)
-COARSE_SHIFT = tl.constexpr(23)
+OCTAVE_BINS = tl.constexpr(16)
+OCTAVE_SHIFT = tl.constexpr(23)
 BIN_SHIFT = tl.constexpr(19)
-FIRST_COARSE = tl.constexpr((127 - 26) << 23)  # the bit patterns where bin 0 would begin, by either count
-FIRST_FINE = tl.constexpr((127 - 11) << 23)
+FIRST_OCTAVE = tl.constexpr((127 - 26) << 23)  # the bit patterns where bin 0 would begin, by either count
+FIRST_BIN = tl.constexpr((127 - 11) << 23)
 
 
 class Statistics(NamedTuple):
@@ -61,8 +61,8 @@ def tally(statistics, loss, valid):
     """The statistics with a tile of losses added."""
     bits = tl.where(valid, float_bits(loss) & 0x7FFFFFFF, 0)
     # Each count is the smaller one where the other holds.
-    coarse = tl.minimum(tl.maximum((bits - FIRST_COARSE) >> COARSE_SHIFT, 0), COARSE_BINS - 1)
-    bins = tl.minimum(tl.maximum((bits - FIRST_FINE) >> BIN_SHIFT, coarse), BINS - 1)
+    octave = tl.minimum(tl.maximum((bits - FIRST_OCTAVE) >> OCTAVE_SHIFT, 0), OCTAVE_BINS - 1)
+    bins = tl.minimum(tl.maximum((bits - FIRST_BIN) >> BIN_SHIFT, octave), BINS - 1)
     return Statistics(
         tl.maximum(statistics.maximum, bits),
         statistics.count + valid.to(tl.int32),

@@ -31,9 +31,9 @@ PS = (1.0, 1.05, 1.3, 3.0, 100.0)
 BINS = (64, 256, 512)
 CAPACITIES = (2048, 8192, 65536)
 OCTAVES = 16
-"""The bins of stage one divide them, up to 2^5, into equal shares, but for the COARSE ones at their lower end."""
-COARSE = 16
-"""Bins of an octave each, below the others; the first one and the last take the rest."""
+"""The bins of stage one divide so many, up to 2^5, into equal shares, but for the lowest bins."""
+OCTAVE_BINS = 16
+"""The lowest bins, an octave each. The first bin and the last one take the rest."""
 MARGIN = 1e-4
 FINE_BINS = 256
 INFINITE = 0x7F800000
@@ -118,8 +118,8 @@ def first_edges(bins: int) -> np.ndarray:
     """The upper edges of the bins of stage one, bit patterns."""
     place = np.arange(bins)
     fine = ((127 + 5) << 23) - (bins - 1 - place) * ((1 << 23) * OCTAVES // bins)
-    coarse = fine[COARSE - 1] - ((COARSE - 1 - place) << 23)
-    inner = np.where(place < COARSE, coarse, fine) - 1
+    octave = fine[OCTAVE_BINS - 1] - ((OCTAVE_BINS - 1 - place) << 23)
+    inner = np.where(place < OCTAVE_BINS, octave, fine) - 1
     inner[-1] = INFINITE - 1
     return inner
 

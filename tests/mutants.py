@@ -360,17 +360,17 @@ MUTANTS = (
     # What programs tell each other
     Mutant(
         "kernels/workspace.py",
-        "FIRST_FINE) >> BIN_SHIFT, coarse)",
-        "FIRST_FINE) >> BIN_SHIFT, 0)",
+        "FIRST_BIN) >> BIN_SHIFT, octave)",
+        "FIRST_BIN) >> BIN_SHIFT, 0)",
         FAR_APART,
         "small losses are counted in bin 0",
     ),
     Mutant(
         "kernels/bracket.py",
-        "FIRST_COARSE + (place << COARSE_SHIFT)",
-        "FIRST_FINE + (place << BIN_SHIFT)",
+        "FIRST_OCTAVE + (place << OCTAVE_SHIFT)",
+        "FIRST_BIN + (place << BIN_SHIFT)",
         FAR_APART,
-        "the coarse bins lie elsewhere",
+        "the bins of an octave lie elsewhere",
     ),
     Mutant(
         "kernels/workspace.py",
