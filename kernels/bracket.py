@@ -84,9 +84,10 @@ def bracket_of_bins(bins, base, outside, lo, hi, m, q, POWER: tl.constexpr):
     carried = tl.where(bins.before == lo, base, 0.0)  # the first bin alone
     count = bins.counts.to(tl.float32)
     _decay, least, most = tl.associative_scan((loss, left * (carried + count), left * carried + count), 0, add_bounds)
-    above = (outside.to(tl.int32) + tl.cumsum(bins.counts, 0, reverse=True) - bins.counts).to(tl.float64)
-    lo = tl.maximum(lo, tl.max(tl.where(above + (least * (1 - MARGIN)).to(tl.float64) >= m, bins.upper, 0), 0))
-    hi = tl.minimum(hi, tl.min(tl.where(above + (most * (1 + MARGIN)).to(tl.float64) < m, bins.upper, INF_BITS), 0))
+    above = outside.to(tl.int32) + tl.cumsum(bins.counts, 0, reverse=True) - bins.counts
+    wanted = (m - above.to(tl.float64)).to(tl.float32)
+    lo = tl.maximum(lo, tl.max(tl.where(least * (1 - MARGIN) >= wanted, bins.upper, 0), 0))
+    hi = tl.minimum(hi, tl.min(tl.where(most * (1 + MARGIN) < wanted, bins.upper, INF_BITS), 0))
     hi = tl.maximum(hi, lo + 1)
     return lo, hi, tl.sum(tl.where((bins.upper > lo) & (bins.upper <= hi), bins.counts, 0), 0).to(tl.int64)
 

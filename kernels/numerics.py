@@ -106,6 +106,25 @@ def power(x, t, q, POWER: tl.constexpr):
 
 
 @triton.jit
+def log2_wide(x):
+    """log2 of a float64 x ≥ 2^-1022, a float64 wrong by 1e-7 at most, whatever the exponent; equal for equal x.
+
+    By the logarithm of a float32: that of a float64 is long, and float64 is slow on most GPUs.
+    """
+    bits = x.to(tl.int64, bitcast=True)
+    from_1_to_2 = ((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
+    return ((bits >> 52) - 1023).to(tl.int32).to(tl.float64) + tl.log2(from_1_to_2.to(tl.float32)).to(tl.float64)
+
+
+@triton.jit
+def exp2_wide(y):
+    """2^y of a float64 −1022 ≤ y < 1023, a float64 wrong by 2e-7 of itself at most; likewise."""
+    whole = tl.floor(y)
+    power = tl.exp2((y - whole).to(tl.float32)).to(tl.float64)
+    return power * ((whole.to(tl.int32) + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def to_fixed(x, fraction_bits):
     """x ≥ 0 (float32), rounded to a multiple of 2^-fraction_bits: sums of these do not depend on their order."""
     return (x * bits_float((fraction_bits + 127) << 23) + 0.5).to(tl.int64)

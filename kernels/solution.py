@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import types
-from .numerics import INF_BITS, Q_CAP, bits_float
+from .numerics import INF_BITS, Q_CAP, bits_float, exp2_wide, log2_wide
 from .workspace import MAXIMUM, VALID, WORDS, take_ticket
 
 ALPHA, TAU, PIVOT, DROP, STEP, EXPONENT = map(tl.constexpr, range(len(types.SOLUTION_ROWS)))
@@ -142,7 +142,7 @@ def write_solution(workspace, outputs, segment, pivot, heavy, ties, REDUCTION: t
     # One logarithm of all numbers and one power of both results: this runs once, and its code is fetched for that.
     k = tl.arange(0, 4)
     log2_of = tl.where(k < 2, tl.where(k == 0, pivot.powers, c), tl.where(k == 2, m, n.to(tl.float64)))
-    log2_of = tl.log2(tl.where(log2_of > 0, log2_of, 1.0))
+    log2_of = log2_wide(tl.where(log2_of > 0, log2_of, 1.0))
     log2_excess = tl.maximum(tl.sum(tl.where(k == 0, log2_of, tl.where(k == 1, -log2_of, 0.0)), 0), 0.0)
     log2_excess = tl.where((pivot.bits > 0) & (pivot.powers > 0), log2_excess, 0.0)
     log2_m = tl.sum(tl.where(k == 2, log2_of, 0.0), 0)
@@ -150,7 +150,7 @@ def write_solution(workspace, outputs, segment, pivot, heavy, ties, REDUCTION: t
     inverse_p = segment.inverse_p
     inverse_q = 1.0 - inverse_p
     k = tl.arange(0, 2)
-    root = tl.exp2(tl.where(k == 0, log2_excess * inverse_q, -(log2_n * inverse_q + log2_m * inverse_p)))
+    root = exp2_wide(tl.where(k == 0, log2_excess * inverse_q, -(log2_n * inverse_q + log2_m * inverse_p)))
     alpha = bits_float(pivot.bits).to(tl.float64) * tl.sum(tl.where(k == 0, root, 0.0), 0)
     tau = tl.where(n > 0, tl.sum(tl.where(k == 1, root, 0.0), 0), 0.0)
     drop = log2_excess * inverse_p
@@ -195,13 +195,13 @@ def reduce_segments(outputs, REDUCTION: tl.constexpr):
         filled += there.to(tl.int32)
     reduced = tl.sum(total, 0)
     if REDUCTION == "mean":
-        scale = 1.0 / tl.maximum(tl.sum(filled, 0), 1).to(tl.float64)
-        reduced = reduced * scale
+        scale = 1.0 / tl.maximum(tl.sum(filled, 0), 1).to(tl.float32)
+        reduced = reduced * scale.to(tl.float64)
         taus = outputs.solution + TAU * segments
         steps = outputs.solution + STEP * segments
         for start in range(0, segments, AT_ONCE):
             index = start + tl.arange(0, AT_ONCE)
             inside = index < segments
-            tau = tl.load(taus + index, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
-            tl.store(steps + index, (tau * scale).to(tl.float32), mask=inside)
+            tau = tl.load(taus + index, mask=inside, other=0.0, cache_modifier=".cg")
+            tl.store(steps + index, tau * scale, mask=inside)
     tl.store(outputs.value, reduced.to(tl.float32))
