@@ -109,6 +109,7 @@ hub.build(__import__("pathlib").Path("hub"))
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.xdist_group("bare")  # one worker runs them all
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(ran, command):
     status, out, err = ran[command]

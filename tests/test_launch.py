@@ -36,7 +36,11 @@ def forward_of(rows, shape, cooperative):
     return row
 
 
-@pytest.mark.skipif(CUDA, reason="counts launches on a GPU that is not there")
+ABSENT = "counts launches on a GPU that is not there"
+
+
+@pytest.mark.xdist_group("launches")  # one worker asks perf/launches.py
+@pytest.mark.skipif(CUDA, reason=ABSENT)
 @pytest.mark.parametrize(
     "shape, cooperative, names, in_all",
     [
@@ -58,7 +62,8 @@ def test_number_of_launches(seen, shape, cooperative, names, in_all):
         assert row["programs"][-1] <= 132 * 8
 
 
-@pytest.mark.skipif(CUDA, reason="as above")
+@pytest.mark.xdist_group("launches")
+@pytest.mark.skipif(CUDA, reason=ABSENT)
 @pytest.mark.parametrize("why", ["refused", "no room"])
 @pytest.mark.parametrize("cooperative", ["solve", "forward"])
 def test_where_a_cooperative_launch_cannot_be(seen, why, cooperative):
@@ -68,7 +73,8 @@ def test_where_a_cooperative_launch_cannot_be(seen, why, cooperative):
     assert row["forward"] == ["softmax_losses_kernel", *["select_kernel"] * 2]
 
 
-@pytest.mark.skipif(CUDA, reason="as above")
+@pytest.mark.xdist_group("launches")
+@pytest.mark.skipif(CUDA, reason=ABSENT)
 def test_no_new_kernel_for_a_new_value(seen):
     assert seen["compiled"] == 0
 

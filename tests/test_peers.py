@@ -17,7 +17,7 @@ def test_zero_losses_do_not_zero_all_weights(backend, device):
 
 def test_no_weight_above_tau(rng, backend, device):
     """mpl.pytorch, OpenVINO/OTX MaxPoolingPixelSampler: weights beyond the bound of equation 5."""
-    losses = torch.rand(40, 50, device=device).exp() - 1
+    losses = torch.rand(10, 50, device=device).exp() - 1
     for p in (1.0, 1.05, 1.3, 1.7, 5.0):
         weights, stats = lmp_triton.optimal_weights(losses, p=p, ratio=0.1, backend=backend)
         assert (weights <= stats.tau[:, None]).all()
