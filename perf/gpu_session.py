@@ -72,6 +72,7 @@ def stages(logs: Path) -> list[Stage]:
         Stage("bench_cooperative", [*bench, "--set", "core", "--seconds", "20", "--providers", *waiting], 40),
         Stage("bench_rest", [*bench, "--set", "core", "--seconds", "30", "--providers", *rest], 60),
         Stage("bench_upsampling", [*bench, "--set", "upsampling", "--seconds", "20"], 40),
+        Stage("errors", [python, str(perf / "solvers.py"), "errors", "--csv", str(logs / "errors.csv")], 30),
         Stage("tune", [*bench, "--set", "tune", "--seconds", "40"], 60),
         Stage("report", [python, "-m", "lmp_triton.perf.bench", "report", table, "--to", str(logs / "report")], 30),
     ]

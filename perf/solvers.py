@@ -2,8 +2,9 @@
 
     python perf/solvers.py steps [--csv FILE]        rounds, passes and bytes of both solvers, on a GPU or interpreted
     python perf/solvers.py code [--capability 90]    instructions an element, from compiled code
+    python perf/solvers.py errors                    worst errors against float64, on a GPU or interpreted
 
-`steps` counts what the kernels did; the bytes follow from it.
+`steps` counts what the kernels did; the bytes follow from it. Interpreted, logarithms and powers are NumPy's.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from lmp_triton.perf.workloads import Losses
 from torch import Tensor
 
 RATIO = 0.25
-KINDS = ("untrained", "trained", "heavy tail", "all equal", "thirty orders")
+KINDS = ("untrained", "trained", "well trained", "heavy tail", "all equal", "thirty orders")
 LENGTHS = (2_000, 50_000, 302_500, 1_048_576)
 PS = (1.0, 1.3, 100.0)
+PS_OF_ERRORS, RATIOS = (1.0, 1.05, 1.3, 3.0, 50.0), (0.03, 0.1, 0.3, 0.9)
 
 
 def steps(n: int, p: float, name: str, losses: Tensor, solver: str) -> dict[str, object]:
@@ -58,27 +60,30 @@ def steps(n: int, p: float, name: str, losses: Tensor, solver: str) -> dict[str,
     return row
 
 
+def where_kernels_run() -> contextlib.AbstractContextManager[None]:
+    """On a GPU, or else in the interpreter, which works on vectors: large blocks, which change no result."""
+    if torch.cuda.is_available():
+        return contextlib.nullcontext()
+    os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tests"))
+    import interpreter
+
+    interpreter.speed_up()
+    from lmp_triton.kernels import configs
+
+    table = configs.table_for(0)
+    table = table._replace(
+        select=table.select._replace(block=1 << 17, solve_block=1 << 17, exact_solve_block=1 << 17),
+        stream=table.stream._replace(block=1 << 17),
+    )
+    return configs.using(table)
+
+
 def report_steps(arguments: argparse.Namespace) -> None:
-    blocks: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
-        sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tests"))
-        import interpreter
-
-        interpreter.speed_up()
-        from lmp_triton.kernels import configs
-
-        # The interpreter works on vectors: large blocks, which change no result of the selection.
-        table = configs.table_for(0)
-        table = table._replace(
-            select=table.select._replace(block=1 << 17, solve_block=1 << 17, exact_solve_block=1 << 17),
-            stream=table.stream._replace(block=1 << 17),
-        )
-        blocks = configs.using(table)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
-    with blocks:
-        for n in arguments.lengths:
+    with where_kernels_run():
+        for n in arguments.lengths or LENGTHS:
             for name in KINDS:
                 losses = Losses(n, name).make(torch.device(device), n)[0].detach()[0]
                 for p in PS:
@@ -88,10 +93,47 @@ def report_steps(arguments: argparse.Namespace) -> None:
                         rows.append(steps(n, p, name, losses, solver))
                         print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
+    show(rows, arguments.csv)
+
+
+def errors(losses: Tensor, p: float, ratio: float, solver: str) -> dict[str, float]:
+    """Of one solve, relative ones; of the weights relative to τ."""
+    import lmp_triton
+    from lmp_triton import reference
+
+    ell = losses.double().cpu().numpy()
+    expected = reference.solve(ell, reference.support(len(ell), ratio), p)
+    given = {"p": p, "ratio": ratio, "scope": "batch", "backend": "triton", "solver": solver}
+    loss = lmp_triton.pool_losses(losses, **given).item()
+    weights, stats = lmp_triton.optimal_weights(losses, **given)
+    of_weights = (weights.double().cpu().numpy().ravel() - expected.weights) / expected.tau
+    found = {"loss": (loss, expected.loss), "tau": (stats.tau.item(), expected.tau)}
+    if expected.alpha > 0:
+        found["alpha"] = stats.alpha.item(), expected.alpha
+    return {name: abs(x - y) / y for name, (x, y) in found.items()} | {"w of tau": abs(of_weights).max()}
+
+
+def report_errors(arguments: argparse.Namespace) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    with where_kernels_run():
+        for n in arguments.lengths or (1000,):
+            for name in KINDS:
+                losses = Losses(n, name).make(device, n)[0].detach()[0]
+                for p in PS_OF_ERRORS:
+                    for ratio in RATIOS:
+                        for solver in ("select", "sort"):
+                            rows.append({"solver": solver, "p": p} | errors(losses, p, ratio, solver))
+                print(".", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    show(pd.DataFrame(rows).groupby(["solver", "p"], as_index=False).max().to_dict("records"), arguments.csv, ".3g")
+
+
+def show(rows: list[dict[str, object]], csv: str | None, precision: str = ".4g") -> None:
     table = pd.DataFrame(rows)
-    if arguments.csv:
-        table.to_csv(arguments.csv, index=False, float_format="%.4g")
-    print(table.to_string(index=False, float_format=lambda x: f"{x:.4g}", na_rep=""))
+    if csv:
+        table.to_csv(csv, index=False, float_format=f"%{precision}")
+    print(table.to_string(index=False, float_format=lambda x: format(x, precision), na_rep=""))
 
 
 def report_code(arguments: argparse.Namespace) -> None:
@@ -130,12 +172,12 @@ def report_code(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["steps", "code"])
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("what", choices=["steps", "code", "errors"])
+    parser.add_argument("--lengths", type=int, nargs="+")
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--csv")
     arguments = parser.parse_args()
-    {"steps": report_steps, "code": report_code}[arguments.what](arguments)
+    {"steps": report_steps, "code": report_code, "errors": report_errors}[arguments.what](arguments)
 
 
 if __name__ == "__main__":

@@ -196,7 +196,8 @@ def predict(shape: tuple[int, int, int], architecture: int | str) -> list[dict[s
                 )
                 work = losses + sum(walks) + last + gradient
             waits = {"": 0, "solve": passes, "forward": passes + 1}[name]
-            total = work + (1 + len(gpu.launches)) * roofline.LAUNCH_US + waits * roofline.WAIT_US
+            apart = (1 + len(gpu.launches)) * roofline.LAUNCH_US + waits * roofline.WAIT_US
+            total = work + apart
             rows.append(
                 {
                     "shape": "x".join(map(str, shape)),
@@ -214,6 +215,7 @@ def predict(shape: tuple[int, int, int], architecture: int | str) -> list[dict[s
                     "ratio": total / floor,
                     "must us": must,
                     "ratio to must": total / must,
+                    "must and launches, ratio": (must + apart) / floor,
                 }
             )
     return rows

@@ -75,7 +75,8 @@ class Losses(NamedTuple):
 
     length: int
     losses: str
-    """untrained: about log C each; trained: one in twenty high; heavy tail; all equal; thirty orders of magnitude."""
+    """untrained: about log C each; trained: one in twenty high; well trained: one in a hundred, the others about 10^-4;
+    heavy tail; all equal; thirty orders of magnitude."""
     p: float = 1.3
     ratio: float = 0.25
     busy: bool = False
@@ -97,6 +98,7 @@ class Losses(NamedTuple):
         values = {
             "untrained": lambda: 2.94 + 0.3 * rng.standard_normal(n),
             "trained": lambda: np.where(rng.random(n) < 0.05, rng.exponential(3, n), rng.exponential(0.01, n)),
+            "well trained": lambda: np.where(rng.random(n) < 0.01, rng.exponential(2, n), 10 ** rng.normal(-4, 1, n)),
             "heavy tail": lambda: rng.lognormal(0, 5, n),
             "all equal": lambda: np.full(n, 0.7),
             "thirty orders": lambda: 10.0 ** -rng.uniform(0, 30, n),

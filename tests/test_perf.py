@@ -266,6 +266,7 @@ def test_machine_and_commit():
         ("search.py --lengths 1000 --p 1.3", "pass 2"),
         pytest.param("host_operations.py", "picking out a few", marks=pytest.mark.slow),
         pytest.param("solvers.py steps --lengths 300", "bytes a loss", marks=pytest.mark.slow),
+        pytest.param("solvers.py errors --lengths 300", "w of tau", marks=pytest.mark.slow),
         pytest.param("solvers.py code", "instructions an element", marks=pytest.mark.slow),
         pytest.param("upsampling.py --strides 16", "floor", marks=pytest.mark.slow),
     ],
