@@ -1,6 +1,7 @@
 """`lmp-triton train`: each recipe trains on its layout; a killed run resumes to the same bits; bad data is named."""
 
 import csv
+import functools
 import inspect
 import os
 import signal
@@ -45,9 +46,20 @@ def logged(folder):
         return list(csv.DictReader(rows))
 
 
+@functools.cache
+def subclasses(find, *arguments, **named):
+    """What jsonargparse finds among all classes: it goes through them hundreds of times a command, half of its time."""
+    return find(*arguments, **named)
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
+    from jsonargparse import _typehints
+
     monkeypatch.chdir(tmp_path)
+    if hasattr(_typehints, "get_all_subclass_paths"):
+        find = functools.partial(subclasses, _typehints.get_all_subclass_paths)
+        monkeypatch.setattr(_typehints, "get_all_subclass_paths", find)
     return tmp_path
 
 
