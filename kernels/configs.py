@@ -10,12 +10,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 
 from ..settings import MAX_CLASSES
-
-OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-"""It spills in the sort unless it is told how many registers there are; newer ones then take more than they need."""
 
 
 class StreamConfig(NamedTuple):
@@ -102,10 +98,8 @@ class SortConfig(NamedTuple):
     warps: int
     up_to: int
     """solver="auto": segments up to this length are sorted, longer ones searched."""
-    registers: int | None
-    """That a thread may have, see `launcher.launch`, where a segment is one run."""
-    registers_of_runs: int
-    """The same, where it is several, which are searched after: without, some are spilled on sm_90 and sm_100."""
+    registers: int
+    """That a thread may have, see `launcher.launch`: without, and with fewer, some are spilled."""
 
 
 class NodesConfig(NamedTuple):
@@ -171,9 +165,7 @@ AMPERE = Table(
         approximation="approx",
     ),
     forward_solve_block=128,
-    sort=SortConfig(
-        run=2048, lanes=128, warps=8, up_to=2048, registers=255 if OLD_TRITON else None, registers_of_runs=255
-    ),
+    sort=SortConfig(run=2048, lanes=128, warps=8, up_to=2048, registers=96),
     nodes=NodesConfig(block=128, chunk=16, warps=4),
     upsampled=UpsampledConfig(
         chunk=24, groups=4, span=8, lanes=64, height=8, warps=4, per_multiprocessor=4, registers=255

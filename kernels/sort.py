@@ -230,5 +230,4 @@ def solve_by_sorting(
     buffers = (losses, sorted_runs, powers, sums, workspace, outputs, parameters)
     task = Task(*buffers, runs, length // unit, fraction_bits(length))
     constants = Constants(reduction, runs == 1, unit, config.run, config.run.bit_length(), config.lanes)
-    registers = config.registers if runs == 1 else config.registers_of_runs
-    launch(sort_kernel, segments * runs, (task,), (constants,), config.warps, registers=registers)
+    launch(sort_kernel, segments * runs, (task,), (constants,), config.warps, registers=config.registers)

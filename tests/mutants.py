@@ -56,7 +56,8 @@ ORACLE = "tests/test_solver.py -k 'against and select-1.3'"
 AT_P_1 = "tests/test_solver.py -k 'against and select-1.0]'"
 FAR_APART = "tests/test_solver.py -k 'fifty_orders and select]'"
 NARROWED = "tests/test_solver.py -k 'against and narrowed-1.0]'"
-SORTED = "tests/test_solver.py -k sorted_or_in_rounds"
+SORTED_LIST = "tests/test_solver.py -k sorted_or_in_rounds"
+IN_THE_BRACKET = "tests/test_perf.py -k simulation_of_the_search"
 LISTED = 'mask=index < candidates.length, other=-1.0, cache_modifier=".cg")\n        bits = float_bits(x)\n        '
 WITHIN = "in_bracket = (bits > candidates.lo) & (bits <= candidates.hi)"
 COUNTS = "tests/test_solver.py -k 'exact_counts and select-'"
@@ -120,7 +121,7 @@ MUTANTS = (
         "kernels/select.py",
         "if fits & (listed <= SORTED):",
         "if fits:",
-        SORTED,
+        SORTED_LIST,
         "a list too long to be sorted is cut off",
     ),
     Mutant(
@@ -333,7 +334,7 @@ MUTANTS = (
         "kernels/bracket.py",
         "counts += tl.where(place == 0, segment.n.to(tl.int32) - tl.sum(counts, 0), 0)",
         "counts += 0",
-        ORACLE,
+        IN_THE_BRACKET,
         "the smallest losses are in no bin",
     ),
     Mutant(
@@ -362,14 +363,14 @@ MUTANTS = (
         "kernels/workspace.py",
         "FIRST_BIN) >> BIN_SHIFT, octave)",
         "FIRST_BIN) >> BIN_SHIFT, 0)",
-        FAR_APART,
+        IN_THE_BRACKET,
         "small losses are counted in bin 0",
     ),
     Mutant(
         "kernels/bracket.py",
         "FIRST_OCTAVE + (place << OCTAVE_SHIFT)",
         "FIRST_BIN + (place << BIN_SHIFT)",
-        FAR_APART,
+        IN_THE_BRACKET,
         "the bins of an octave lie elsewhere",
     ),
     Mutant(
