@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .numerics import INF_BITS, bits_float, float_bits, log2_of_share, log2_ratio
+from .numerics import INF_BITS, bits_float, float_bits, log2_ratio
 from .workspace import (
     BIN_SHIFT,
     BINS,
@@ -28,10 +28,12 @@ NUDGE = tl.constexpr(4)  # units in the last place to either side of a Newton st
 
 
 @triton.jit
-def decay(x, t, q, POWER: tl.constexpr):
-    """−log2 of (x/t)^q for 0 ≤ x ≤ t: what a sum of powers relative to x loses on the way to t."""
-    y, rest = log2_of_share(x, t, POWER)
-    return tl.where(x > 0, -q * (y + rest), 1e6)
+def decay(x, t, q):
+    """−log2 of (x/t)^q for 0 ≤ x ≤ t: what a sum of powers relative to x loses on the way to t.
+
+    Exact where x is near t: a scan adds up hundreds of these, and an approximation would err each time alike.
+    """
+    return tl.where(x > 0, -q * log2_ratio(x, t), 1e6)
 
 
 @triton.jit
@@ -72,14 +74,14 @@ class End(NamedTuple):
 
 
 @triton.jit
-def bracket_of_bins(bins, base, outside, lo, hi, m, q, POWER: tl.constexpr):
+def bracket_of_bins(bins, base, outside, lo, hi, m, q):
     """A bracket inside (lo, hi], from the counts of bins that cover it; and how many it holds.
 
     base: Σ (ℓ/lo)^q of the losses up to lo; outside: how many lie above hi.
     A bin's share of the sum at t lies between its count times (before/t)^q and (upper/t)^q.
     """
     before, upper = bits_float(bins.before), bits_float(bins.upper)
-    loss = decay(tl.minimum(before, upper), upper, q, POWER)
+    loss = decay(tl.minimum(before, upper), upper, q)
     left = tl.exp2(-loss)
     carried = tl.where(bins.before == lo, base, 0.0)  # the first bin alone
     count = bins.counts.to(tl.float32)
@@ -99,7 +101,7 @@ def bin_start(place):
 
 
 @triton.jit
-def first_bracket(segment, POWER: tl.constexpr):
+def first_bracket(segment):
     """The bracket by the histogram of stage one, and how many losses it holds at most (zeros may count)."""
     place = tl.arange(0, BINS)
     counts = tl.load(segment.here + HISTOGRAM + place).to(tl.int32)  # 0 for bin 0
@@ -109,7 +111,7 @@ def first_bracket(segment, POWER: tl.constexpr):
     upper = tl.where(place == BINS - 1, INF_BITS - 1, bin_start(place + 1) - 1)
     bins = Bins(counts, tl.minimum(before, max_bits), tl.minimum(upper, max_bits))
     # Past the maximum there is nothing left to separate, whatever the sign of f.
-    return bracket_of_bins(bins, 0.0, tl.cast(0, tl.int64), 0, max_bits + 1, segment.m, segment.q32, POWER)
+    return bracket_of_bins(bins, 0.0, tl.cast(0, tl.int64), 0, max_bits + 1, segment.m, segment.q32)
 
 
 @triton.jit
@@ -120,14 +122,14 @@ def fine_shift(lo, hi):
 
 
 @triton.jit
-def finer_bracket(counts, base, outside, lo, hi, m, q, POWER: tl.constexpr):
+def finer_bracket(counts, base, outside, lo, hi, m, q):
     """The bracket by the counts of FINE_BINS bins of (lo, hi], and how many losses it holds."""
     place = tl.arange(0, FINE_BINS)
     shift = fine_shift(lo, hi)
     before = lo + tl.minimum(place << shift, hi - lo)  # added first, it might not fit 32 bits
     upper = lo + tl.minimum((place + 1) << shift, hi - lo)
     bins = Bins(counts, before, upper)
-    return bracket_of_bins(bins, base, outside, lo, hi, m, q, POWER)
+    return bracket_of_bins(bins, base, outside, lo, hi, m, q)
 
 
 @triton.jit

@@ -147,7 +147,7 @@ def pivot_by_rounds(candidates, lo, hi, m, q, fraction_bits, POWER: tl.constexpr
 
 
 @triton.jit
-def pivot_by_sorting(candidates, lo, hi, m, q, POWER: tl.constexpr, LENGTH: tl.constexpr):
+def pivot_by_sorting(candidates, lo, hi, m, q, LENGTH: tl.constexpr):
     """The pivot (bit pattern) among at most LENGTH candidates, by one scan: the last of them where f ≥ 0, or lo."""
     place = tl.arange(0, LENGTH)
     x = tl.load(candidates.list + place, mask=place < candidates.length, other=-1.0, cache_modifier=".cg")
@@ -155,7 +155,7 @@ def pivot_by_sorting(candidates, lo, hi, m, q, POWER: tl.constexpr, LENGTH: tl.c
     bits = tl.maximum(tl.sort(float_bits(x)), lo.bits)
     before = tl.where(place > 0, tl.gather(bits, tl.maximum(place - 1, 0), 0), lo.bits)
     ell = bits_float(bits)
-    loss_decay = decay(tl.minimum(bits_float(before), ell), ell, q, POWER)
+    loss_decay = decay(tl.minimum(bits_float(before), ell), ell, q)
     is_loss = bits > lo.bits
     powers = tl.where(place > 0, 0.0, lo.powers.to(tl.float32) * tl.exp2(-loss_decay)) + is_loss.to(tl.float32)
     _decay, powers = tl.associative_scan((loss_decay, powers), 0, add_powers)
@@ -262,9 +262,7 @@ def narrow_bracket(share, segment, bracket, capacity, flag, PASS: tl.constexpr, 
             base = from_fixed(tl.load(here + BELOW_POWERS, cache_modifier=".cg"), segment.fraction_bits)
             outside = tl.load(here + ABOVE_COUNT, cache_modifier=".cg")
             counts = tl.load(here + FINE + bins, cache_modifier=".cg").to(tl.int32)
-            new_lo, new_hi, left = finer_bracket(
-                counts, base.to(tl.float32), outside, lo, hi, segment.m, segment.q32, POWER
-            )
+            new_lo, new_hi, left = finer_bracket(counts, base.to(tl.float32), outside, lo, hi, segment.m, segment.q32)
             store_bracket(here, new_lo, new_hi, left)
             tl.debug_barrier()  # everybody has read the counts
             tl.store(here + FINE + bins, tl.zeros([FINE_BINS], tl.int64))
@@ -302,7 +300,7 @@ def solve_candidates(share, segment, bracket, task, C: tl.constexpr):
     pivot, rounds = bracket.lo, 0
     if segment.poisoned == 0:
         if fits & (listed <= SORTED):
-            pivot = pivot_by_sorting(candidates, lo, hi, m, q, POWER, SORTED)
+            pivot = pivot_by_sorting(candidates, lo, hi, m, q, SORTED)
         else:
             pivot, rounds = pivot_by_rounds(candidates, lo, hi, m, q, segment.fraction_bits, POWER, SOLVE_BLOCK)
     tl.store(here + ROUNDS, rounds)
@@ -365,12 +363,11 @@ def solve_segment(task, index, program, PASSED_BEFORE: tl.constexpr, C: tl.const
     PASSES: tl.constexpr = C.passes
     FIRST: tl.constexpr = C.first
     END: tl.constexpr = C.end
-    POWER: tl.constexpr = C.power
     length = task.length * C.unit
     share = Share(task.losses + index * length, length, program, task.programs)
     segment = load_segment(task.workspace, index, task.parameters, task.fraction_bits)
     if FIRST == 0:
-        lo, hi, inside = first_bracket(segment, POWER)
+        lo, hi, inside = first_bracket(segment)
         bracket = Bracket(lo, hi, inside)
     else:
         bracket = load_bracket(segment.here)

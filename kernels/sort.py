@@ -132,7 +132,7 @@ def heaviest_of_runs(runs, pivot_bits, fraction_bits, C: tl.constexpr):
 @triton.jit
 def search_runs(runs, segment, C: tl.constexpr):
     """The pivot (an `End`), and how many rounds it took."""
-    bracket_lo, bracket_hi, _listed = first_bracket(segment, "exact")
+    bracket_lo, bracket_hi, _listed = first_bracket(segment)
     max_bits, m = segment.max_bits, segment.m
     k = tl.arange(0, THRESHOLDS)
     # The first thresholds find out what holds at the ends of the bracket, and at 0.
@@ -183,7 +183,7 @@ def sort_kernel(task: Task, C: tl.constexpr):
     tl.debug_barrier()  # the neighbour's loss may be in another thread
     before = bits_float(tl.maximum(tl.load(task.sorted_runs + ours - 1, mask=place > 0, other=0), 0))
     ell = bits_float(tl.maximum(bits, 0))
-    loss_decay = decay(tl.minimum(before, ell), ell, segment.q32, "exact")
+    loss_decay = decay(tl.minimum(before, ell), ell, segment.q32)
     _decay, powers = tl.associative_scan((loss_decay, (bits > 0).to(tl.float32)), 0, add_powers)
 
     if C.one_run:

@@ -159,6 +159,20 @@ def test_a_short_list_sorted_or_in_rounds(rng, configure, device, p):
         assert (in_rounds - by_sorting).abs().max() <= 2
 
 
+@pytest.mark.parametrize("p", [1.05, 1.3, 3.0])
+def test_a_loss_next_to_alpha(rng, configure, device, p):
+    """Whether it is above α* or below hangs on a sum of hundreds of powers, whose errors must not add up."""
+    pytest.importorskip("triton")
+    ell = np.sort((2.9 + 0.3 * rng.standard_normal(700)).astype(np.float32)).astype(np.float64)
+    for length in (16, 1024):
+        configure(select={"sorted": length})
+        for place in rng.integers(150, 650, 6):
+            powers = ((ell[: place + 1] / ell[place]) ** (p / (p - 1))).sum()
+            m = len(ell) - 1 - place + powers * (1 + rng.choice([-3e-6, 3e-6]))
+            print(length, place, m)
+            check(ell, p, m / len(ell), device, backend="triton", solver="select")
+
+
 def adversaries(rng, n):
     """Losses that make a threshold search take its time."""
     yield np.full(n, 0.7)
