@@ -56,6 +56,7 @@ ORACLE = "tests/test_solver.py -k 'against and select-1.3'"
 AT_P_1 = "tests/test_solver.py -k 'against and select-1.0]'"
 FAR_APART = "tests/test_solver.py -k 'fifty_orders and select]'"
 NARROWED = "tests/test_solver.py -k 'against and narrowed-1.0]'"
+NEXT_TO_ALPHA = "tests/test_solver.py -k next_to_alpha"
 SORTED_LIST = "tests/test_solver.py -k sorted_or_in_rounds"
 IN_THE_BRACKET = "tests/test_perf.py -k simulation_of_the_search"
 LISTED = 'mask=index < candidates.length, other=-1.0, cache_modifier=".cg")\n        bits = float_bits(x)\n        '
@@ -116,6 +117,13 @@ MUTANTS = (
         "hi.above + (LENGTH - place)",
         ORACLE,
         "a sorted loss counts as above itself",
+    ),
+    Mutant(
+        "kernels/bracket.py",
+        "-q * log2_ratio(x, t)",
+        "-q * (log2_ratio(x, t) - 1e-7)",
+        NEXT_TO_ALPHA,
+        "errors of decays add up",
     ),
     Mutant(
         "kernels/select.py",
@@ -327,7 +335,7 @@ MUTANTS = (
         "kernels/bracket.py",
         "is_lo = (above.to(tl.float64) + powers >= m) | (t == 0)",
         "is_lo = (above.to(tl.float64) + powers > m + 1) | (t == 0)",
-        ORACLE,
+        SORTED_LIST,
         "the end of the bracket off by one loss",
     ),
     Mutant(
