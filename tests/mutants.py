@@ -185,7 +185,7 @@ MUTANTS = (
         "kernels/gradient.py",
         "saved = image * sizes.pixels + start",
         "saved = image * (sizes.pixels - 1) + start",
-        ONE_PIXEL,
+        TILE,
         "wrong stride of the saved losses",
     ),
     Mutant(
